@@ -1,0 +1,1 @@
+"""Algorithm cards: pseudocode that is executed against the running kernels."""

@@ -1,0 +1,82 @@
+"""The one place that prints: data on stdout; notes, warnings, errors, progress and statistics on stderr."""
+
+import json
+import logging
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+
+def write(text: str) -> None:
+    """Data, as it is, to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(command: str, document: dict[str, Any]) -> None:
+    """One JSON document with its schema first. A bare NaN or infinity is refused: JSON has none."""
+    text = json.dumps({"schema": f"toyllm.{command}/1", **document}, ensure_ascii=False, allow_nan=False)
+    write(text + "\n")
+
+
+def say(text: str) -> None:
+    """A line for the person, to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    r"""Text from a file or a model, safe for a terminal: control and format characters become escapes such as \x1b."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else escape(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, with line breaks and tabs escaped too: for names, pieces and error messages."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def escape(character: str) -> str:
+    r"""The character as Python writes it: \x1b, \u202e, \U000e0041."""
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether colour and bars belong on this stream: a terminal, no NO_COLOR, and not a dumb one."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[int] = ()) -> None:
+    """A plain table to stdout: two spaces between columns, the columns in `right` aligned right; never wrapped or cut."""
+    lines = [[one_line(cell) for cell in row] for row in (list(header), *rows)]
+    widths = [max(display_width(row[i]) for row in lines) for i in range(len(lines[0]))]
+    flush_right = set(right)
+
+    def pad(cell: str, i: int) -> str:
+        space = " " * (widths[i] - display_width(cell))
+        return space + cell if i in flush_right else cell + space
+
+    write("".join("  ".join(pad(cell, i) for i, cell in enumerate(row)).rstrip() + "\n" for row in lines))
+
+
+def display_width(text: str) -> int:
+    """Columns on a terminal: wide East Asian characters take two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+class Notes(logging.Handler):
+    """Shows what the packages below log to "toyllm": `note:` and `warning:` lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record as one line."""
+        say(f"{'warning' if record.levelno >= logging.WARNING else 'note'}: {one_line(record.getMessage())}")
+
+
+def show_notes() -> None:
+    """Send the packages' notes to stderr from now on."""
+    logger = logging.getLogger("toyllm")
+    if not any(isinstance(h, Notes) for h in logger.handlers):
+        logger.addHandler(Notes())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

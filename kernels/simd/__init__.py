@@ -1,0 +1,1 @@
+"""The register tiles and the LLVM vector code they are written in."""

@@ -1,0 +1,138 @@
+"""LLVM vector code for Numba's `@intrinsic`: what the kernels' building blocks are written with.
+
+A vector is always 16 lanes of f32. LLVM lowers it to one zmm register, two ymm or four NEON registers, so the same
+text, and the same order of summation, serves every processor. Addresses are integers: nothing here is bounds-checked.
+"""
+
+from llvmlite import ir
+from numba import types
+
+LANES = 16
+
+i8, i16, i32, i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+f16, f32, void = ir.HalfType(), ir.FloatType(), ir.VoidType()
+
+
+def vector(t, n=LANES):
+    return ir.VectorType(t, n)
+
+
+def splat(t, value, n=LANES):
+    return ir.Constant(vector(t, n), [ir.Constant(t, value)] * n)
+
+
+def integer(value):
+    return ir.Constant(i64, value)
+
+
+def declare(builder, name, result, arguments):
+    """The LLVM function `name`, declared once in the module that is being built."""
+    return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def pointer(builder, address, t):
+    return builder.inttoptr(address, t.as_pointer())
+
+
+def fma(builder, a, b, c):
+    """a * b + c, rounded once, over vectors."""
+    return builder.call(declare(builder, "llvm.fma.v16f32", vector(f32), [vector(f32)] * 3), [a, b, c])
+
+
+def broadcast(builder, address):
+    """The f32 at `address` in every lane."""
+    scalar = builder.load(pointer(builder, address, f32), align=4)
+    one = builder.insert_element(ir.Constant(vector(f32), ir.Undefined), scalar, ir.Constant(i32, 0))
+    return builder.shuffle_vector(one, one, splat(i32, 0))
+
+
+def horizontal_sum(builder, v):
+    """The sum of the lanes as a tree of pairs: the same order on every processor."""
+    n = LANES
+    while n > 1:
+        n //= 2
+        low, high = (ir.Constant(vector(i32, n), [ir.Constant(i32, start + i) for i in range(n)]) for start in (0, n))
+        v = builder.fadd(builder.shuffle_vector(v, v, low), builder.shuffle_vector(v, v, high))
+    return builder.extract_element(v, ir.Constant(i32, 0))
+
+
+def prefetch(builder, address, locality=2):
+    """Ask for the cache line at `address`; it may lie anywhere. Locality 2 is the second-level cache."""
+    f = declare(builder, "llvm.prefetch.p0", void, [i8.as_pointer(), i32, i32, i32])
+    constants = [ir.Constant(i32, n) for n in (0, locality, 1)]
+    builder.call(f, [pointer(builder, address, i8), *constants])
+
+
+def lanes_below(builder, count):
+    """The mask of the first `count` lanes (i64; 16 or more means all)."""
+    every = ir.Constant(vector(i64), [ir.Constant(i64, i) for i in range(LANES)])
+    one = builder.insert_element(ir.Constant(vector(i64), ir.Undefined), count, ir.Constant(i32, 0))
+    return builder.icmp_signed("<", every, builder.shuffle_vector(one, one, splat(i32, 0)))
+
+
+def load(builder, address, t, mask=None):
+    """16 values of LLVM type `t` at `address`, of any alignment; lanes outside `mask` are not read and come as zero."""
+    if mask is None:
+        return builder.load(pointer(builder, address, vector(t)), align=1)
+    name = {i16: "v16i16", f16: "v16f16", f32: "v16f32"}[t]
+    p = vector(t).as_pointer()
+    f = declare(builder, f"llvm.masked.load.{name}.p0", vector(t), [p, i32, vector(ir.IntType(1)), vector(t)])
+    zero = ir.Constant(vector(t), None)
+    return builder.call(f, [builder.inttoptr(address, p), ir.Constant(i32, 1), mask, zero])
+
+
+def store(builder, value, address, mask=None):
+    """Store 16 f32 at `address`, of any alignment; lanes outside `mask` are left alone."""
+    p = vector(f32).as_pointer()
+    if mask is None:
+        builder.store(value, builder.inttoptr(address, p), align=1)
+    else:
+        arguments = [vector(f32), p, i32, vector(ir.IntType(1))]
+        f = declare(builder, "llvm.masked.store.v16f32.p0", void, arguments)
+        builder.call(f, [value, builder.inttoptr(address, p), ir.Constant(i32, 1), mask])
+
+
+def storage(array):
+    """The name of an array type's storage format: "f32", "f16" or "bf16"."""
+    return array.dtype.fields and next(iter(array.dtype.fields)) if isinstance(array.dtype, types.Record) else "f32"
+
+
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def load_weights(builder, address, form, mask=None):
+    """16 weights stored as `form`, widened exactly to f32."""
+    if form == "f32":
+        return load(builder, address, f32, mask)
+    if form == "f16":
+        return builder.fpext(load(builder, address, f16, mask), vector(f32))
+    wide = builder.zext(load(builder, address, i16, mask), vector(i32))
+    return builder.bitcast(builder.shl(wide, splat(i32, 16)), vector(f32))
+
+
+def loop(builder, start, stop, step, state):
+    """Open `for i in range(start, stop, step)` carrying the values `state`; it may run no times.
+
+    Returns (i, carried, close): emit the body, then `close(new)` ends it and returns the values after the last pass.
+    """
+    before = builder.block
+    head, body, after = (builder.append_basic_block(n) for n in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(i64)
+    i.add_incoming(start, before)
+    carried = [builder.phi(s.type) for s in state]
+    for phi, s in zip(carried, state, strict=True):
+        phi.add_incoming(s, before)
+    builder.cbranch(builder.icmp_signed("<", i, stop), body, after)
+    builder.position_at_end(body)
+
+    def close(new):
+        i.add_incoming(builder.add(i, integer(step)), builder.block)
+        for phi, n in zip(carried, new, strict=True):
+            phi.add_incoming(n, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return carried
+
+    return i, carried, close

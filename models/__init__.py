@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers, caches, the models themselves, sampling and generation. A model knows no terminal."""

@@ -1,0 +1,80 @@
+"""The `toyllm` command: its subcommands, and how every run ends (exit codes 0, 1, 2, 3, 130)."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from ..kernels.errors import ToyllmError
+from . import output
+from .options import option
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+UsageError = typer.BadParameter.__mro__[1]  # wherever this Typer keeps its click
+
+app = typer.Typer(
+    name="toyllm",
+    help="Run GPT-2 and GPT-OSS checkpoints, and see everything inside them.",
+    epilog='Try: toyllm generate "Once upon a time"',
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: Rich's boxes take longer to load than the rest of the command
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Print name, version, processor path, threads and threading layer, and stop."""
+    if wanted:
+        from .version import describe
+
+        output.write(describe() + "\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Version, processor path, threads and threading layer.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run GPT-2 and GPT-OSS checkpoints, and see everything inside them."""
+    output.show_notes()
+
+
+def main() -> None:
+    """Run one command; every failure is one line on stderr and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command in `arguments` and return its exit code."""
+    try:
+        result = get_command(app)(arguments, prog_name="toyllm", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else DONE
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            output.say(error.format_message())
+            return USAGE
+        path = context.command_path if context else "toyllm"
+        return fail(error.format_message().rstrip(".") + f". See: {path} --help", USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        output.say("")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has had enough (`| head`): nothing is left to say, nor to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (ToyllmError, OSError) as error:
+        if os.environ.get("TOYLLM_DEBUG"):
+            raise
+        return fail(str(error), FAILED)
+
+
+def fail(message: str, code: int) -> int:
+    """Say what went wrong in one line."""
+    output.say("error: " + " ".join(output.printable(message).split()))
+    return code

@@ -1,0 +1,129 @@
+"""config.json as data: a frozen dataclass a family, read with every value checked and its origin known."""
+
+import importlib
+import json
+import math
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, get_args
+
+from ..kernels.errors import ToyllmError
+from .location import ModelFiles
+
+FAMILIES = {"gpt2": "gpt2"}  # model_type in config.json -> the module of this package that runs it
+
+C = TypeVar("C")
+LARGEST = 2**31 - 1  # of any size or id: products of two stay exact in 64 bits
+
+
+def size(default: int) -> Any:
+    """A dataclass field for a dimension: an integer of at least 1."""
+    return field(default=default, metadata={"least": 1})
+
+
+def positive(default: float) -> Any:
+    """A dataclass field for a number above 0."""
+    return field(default=default, metadata={"above": 0.0})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ToyllmError where there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ToyllmError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ToyllmError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(document, dict):
+        raise ToyllmError(f"{path}: expected a JSON object, found {type(document).__name__}; download it again")
+    return document
+
+
+def family_of(document: dict[str, Any], where: Path) -> ModuleType:
+    """The module that runs a checkpoint with this config.json, by its `model_type`."""
+    model_type = document.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ToyllmError(f"{where}: model_type {json.dumps(model_type)} is not supported; toyllm runs {known}")
+    return importlib.import_module(f".{FAMILIES[model_type]}", __package__)
+
+
+def read_config(cls: type[C], document: dict[str, Any], where: Path) -> C:
+    """`cls` filled from the document's keys of the same names, its defaults elsewhere; keys it does not know are not looked at."""
+    return cls(**{f.name: checked(document[f.name], f, where) for f in fields(cls) if f.name in document})  # type: ignore[arg-type]
+
+
+def checked(value: Any, of: Field, where: Path) -> Any:
+    """`value` if it fits the field's type and bounds, else a ToyllmError; an integer passes for a float, never a bool for an integer."""
+
+    def wrong(expected: str) -> ToyllmError:
+        return ToyllmError(f"{where}: {of.name}: expected {expected}, found {json.dumps(value)[:80]}")
+
+    allowed = get_args(of.type) or (of.type,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    if of.name.endswith("_token_id"):
+        return token_ids(value, wrong)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) <= LARGEST else math.inf
+    if type(value) is not kind:
+        raise wrong({int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind])
+    if kind in (int, float) and not math.isfinite(value):
+        raise wrong("a finite number")
+    if "least" in of.metadata and not of.metadata["least"] <= value <= LARGEST:
+        raise wrong(f"an integer from {of.metadata['least']} to {LARGEST}")
+    if "above" in of.metadata and not value > of.metadata["above"]:
+        raise wrong(f"a number above {of.metadata['above']:g}")
+    return value
+
+
+def token_ids(value: Any, wrong: Any) -> tuple[int, ...]:
+    """One id, a list of ids or null, as a tuple."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
+        raise wrong("a token id, a list of them, or null")
+    return tuple(ids)
+
+
+def load_config(files: ModelFiles) -> tuple[ModuleType, Any]:
+    """The family's module and its configuration, read and checked. Raises ToyllmError."""
+    if files.config is None:
+        raise ToyllmError(f"{files.folder}: no config.json beside the weights; copy it from the model's repository")
+    document = read_json(files.config)
+    family = family_of(document, files.config)
+    config = read_config(family.Config, document, files.config)
+    family.check(config, files.config)
+    return family, config
+
+
+def effective_config(files: ModelFiles) -> list[tuple[str, Any, str]]:
+    """What the model will run with: (key, value, "file" or "default") for every key that toyllm reads."""
+    _, config = load_config(files)
+    document = read_json(files.config) if files.config else {}
+    return [(f.name, getattr(config, f.name), "file" if f.name in document else "default") for f in fields(config)]
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a model's generation_config.json says about sampling; None where it is silent. The names are the file's."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    bos_token_id: tuple[int, ...] | None = None
+    eos_token_id: tuple[int, ...] | None = None
+
+
+def generation_defaults(files: ModelFiles) -> GenerationDefaults:
+    """generation_config.json, or nothing but None without one."""
+    if files.generation_config is None:
+        return GenerationDefaults()
+    return read_config(GenerationDefaults, read_json(files.generation_config), files.generation_config)
+
+

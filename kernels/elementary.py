@@ -1,0 +1,74 @@
+"""Scalar functions that kernels inline: widening of stored weights, and exp, which LLVM turns into vector code.
+
+They are compiled strictly (no relaxed sums), because the rounding trick in `exp` is exactly what relaxed arithmetic
+would simplify away. Under NUMBA_DISABLE_JIT they run as plain Python.
+"""
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .jit import exact
+
+# exp(x) = 2^n · e^r with n = round(x / ln 2), r = x − n·ln 2 in two parts (Cody and Waite), |r| ≤ ln 2 / 2.
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH = np.float32(0.693359375)
+LN2_LOW = np.float32(-2.12194440e-4)
+# Adding 1.5 · 2^23 leaves the rounded integer in the low bits of an f32.
+ROUND = np.float32(12582912.0)
+ROUND_BITS = np.int32(0x4B400000)
+# Beyond these the result is 0 or infinity: the power of two would leave the exponent's eight bits.
+LOWEST, HIGHEST = np.float32(-86.98), np.float32(88.72283)
+# e^r ≈ 1 + r + r²·P(r), P by least squares on Chebyshev nodes of the relative error (Cephes expf's degree).
+P0, P1, P2, P3, P4, P5 = (
+    np.float32(c) for c in (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
+)
+ONE, TWO = np.float32(1.0), np.float32(2.0)
+ZERO, INFINITY = np.float32(0.0), np.float32(np.inf)
+
+
+@exact
+def exp(x):
+    """e^x for an f32, within 2 units in the last place; 0 below −86.98, infinity above 88.7, NaN stays NaN."""
+    shifted = x * LOG2_E + ROUND
+    n = shifted - ROUND
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = ((((P5 * r + P4) * r + P3) * r + P2) * r + P1) * r + P0
+    y = (p * r) * r + r + ONE
+    # 2^n as 2 · 2^(n−1): at n = 128 the exponent field alone would already read infinity
+    power = np.int32((np.float32(shifted).view(np.int32) - ROUND_BITS + np.int32(126)) << np.int32(23)).view(np.float32)
+    y = y * power * TWO
+    y = ZERO if x < LOWEST else y
+    return INFINITY if x > HIGHEST else y
+
+
+@exact
+def bf16_value(bits):
+    """The f32 with these 16 upper bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+F16_SCALE = np.float32(2.0**112)  # moves the exponent's bias from 15 to 127
+
+
+@exact
+def f16_value(bits):
+    """The f32 of an IEEE half: the product makes subnormals normal; all-ones exponents are infinity and NaN."""
+    magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
+    scaled = np.float32(np.uint32(magnitude).view(np.float32) * F16_SCALE).view(np.uint32)
+    special = np.uint32(0x7F800000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0)
+    return np.uint32(scaled | special | np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+def value(item):
+    """One stored weight (f32, or a record of f16 or bf16 bits) as f32."""
+    if isinstance(item, np.void):
+        return bf16_value(item["bf16"]) if "bf16" in item.dtype.names else f16_value(item["f16"])
+    return item
+
+
+@overload(value)
+def _value(item):
+    if isinstance(item, types.Record):
+        return (lambda item: bf16_value(item["bf16"])) if "bf16" in item.fields else (lambda item: f16_value(item["f16"]))
+    return lambda item: item

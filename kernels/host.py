@@ -1,0 +1,48 @@
+"""What this processor can do, and which kernels that means."""
+
+import platform
+from functools import cache
+
+from llvmlite import binding
+
+from .errors import ToyllmError
+
+BACKENDS = ("avx512", "avx2", "portable", "numpy")
+NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl"), "avx2": ("avx2", "fma", "f16c"), "portable": (), "numpy": ()}
+
+
+@cache
+def features() -> dict[str, bool]:
+    """LLVM's names of instruction sets -> whether this processor and system have them."""
+    return dict(binding.get_host_cpu_features())
+
+
+def supports(backend: str) -> bool:
+    """Whether this processor can run the backend's kernels."""
+    return all(features().get(f, False) for f in NEEDS[backend])
+
+
+def best_backend() -> str:
+    """The fastest backend that this processor runs."""
+    return next(name for name in BACKENDS if supports(name))
+
+
+def choose_backend(name: str) -> str:
+    """`name`, or the best for "auto". Raises ToyllmError for an unknown one or one this processor cannot run."""
+    if name == "auto":
+        return best_backend()
+    if name not in BACKENDS:
+        raise ToyllmError(f"--backend {name}: expected auto or one of {', '.join(BACKENDS)}")
+    if not supports(name):
+        missing = ", ".join(f for f in NEEDS[name] if not features().get(f, False))
+        raise ToyllmError(f"--backend {name}: this processor lacks {missing}; --backend auto takes {best_backend()}")
+    return name
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:  # noqa: PTH123 - /proc is not a path to handle
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,156 @@
+"""One door to Numba: how kernels are compiled, and where compiled kernels are kept.
+
+Compiled kernels are cached per user, in a folder keyed by version and kernel source. Numba's cache is made of pickles, so
+whoever can write there can run code here: the folder must be the user's own and private (0700), no link, and every
+entry must carry its checksum. Where that does not hold, kernels are compiled anew, with one note.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import config
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+from .threads import choose_threading_layer
+
+log = logging.getLogger("toyllm")
+choose_threading_layer()
+
+# What the compiler may assume: sums in any order and fused multiply-adds, but NaN and infinity are kept.
+RELAXED = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def inline(function: Callable) -> Any:
+    """A function for kernels to call and LLVM to inline; it inherits what the calling kernel lets the compiler assume."""
+    return numba.njit(error_model="numpy")(function)
+
+
+def exact(function: Callable) -> Any:
+    """As `inline`, but its arithmetic is compiled as written, whatever the calling kernel allows."""
+    return numba.njit(error_model="numpy", fastmath=False)(function)
+
+
+def kernel(function: Callable | None = None, *, parallel: bool = False, strict: bool = False) -> Any:
+    """Compile `function` with Numba on its first call, or take it from the cache.
+
+    `parallel` runs its prange loops on the threads; `strict` keeps the order of sums as written.
+    """
+    if function is None:
+        return lambda f: kernel(f, parallel=parallel, strict=strict)
+    dispatcher = numba.njit(parallel=parallel, fastmath=False if strict else RELAXED, error_model="numpy")(function)
+    if not config.DISABLE_JIT and cache_folder() is not None:
+        try:
+            dispatcher._cache = KernelCache(function)  # noqa: SLF001 - what cache=True does, with our checks around it
+        except (OSError, RuntimeError) as error:  # Numba's own test of the folder
+            say_once(f"compiled kernels are not kept: {error}")
+    return dispatcher
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The private folder of this version's compiled kernels, made if need be; None, with one note, where there can be none."""
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    try:
+        folder = (Path(base) if base else default_base()) / f"kernels-{source_key()}"
+        make_private(folder)
+    except (OSError, RuntimeError) as error:
+        log.info("compiled kernels are not kept: %s. They compile anew on each run; set NUMBA_CACHE_DIR to a private folder", error)
+        return None
+    config.CACHE_DIR = str(folder)
+    return folder
+
+
+def default_base() -> Path:
+    """$XDG_CACHE_HOME/toyllm or ~/.cache/toyllm. Raises RuntimeError without a home."""
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(xdg if Path(xdg).is_absolute() else Path.home() / ".cache") / "toyllm"
+
+
+@cache
+def source_key() -> str:
+    """A hash of all that decides what a compiled kernel is: the kernels' source, Numba, and its switches."""
+    from .. import __version__
+
+    digest = hashlib.sha256(f"{__version__} {numba.__version__} {config.BOUNDSCHECK}".encode())
+    here = Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(f"\0{path.relative_to(here)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder` with mode 0700. Raises OSError if it is not writable, not ours, a link, or open to others."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+        raise OSError(f"{folder} is not a folder of this user's own")
+    if state.st_mode & 0o077:
+        raise OSError(f"{folder} is open to others (mode {state.st_mode & 0o777:o}, expected 700)")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} is not writable")
+
+
+class CheckedFile(IndexDataCacheFile):
+    """A cache entry behind its SHA-256: half-written or altered machine code is never run."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        content = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as f:
+            f.write(hashlib.sha256(content).digest() + content)
+
+    def _load_data(self, name: str) -> Any:
+        import pickle
+
+        content = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise ValueError(f"{name} is damaged")
+        return pickle.loads(content[32:])  # noqa: S301 - from this user's private folder, checked above
+
+
+class KernelCache(FunctionCache):
+    """Numba's cache of one function, which never fails a run: what cannot be read is compiled, what cannot be written is not kept."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = CheckedFile(self._cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function for a signature, or None; then it is about to be compiled, which is said once."""
+        found = None
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception as error:  # noqa: BLE001 - unpickling damaged bytes raises anything
+            say_once(f"a compiled kernel could not be read ({type(error).__name__}); it is compiled anew")
+            self.forget()
+        if found is None:
+            say_once("compiling kernels for this processor, once; this takes some seconds")
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function, or say once that it could not be kept."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            say_once(f"compiled kernels are not kept: {error}")
+
+    def forget(self) -> None:
+        """Empty the index, so that the next compilation can be kept."""
+        try:
+            self.flush()
+        except OSError as error:
+            say_once(f"compiled kernels are not kept: {error}")
+
+
+@cache
+def say_once(message: str) -> None:
+    """Log a note the first time it is said."""
+    log.info(message)

@@ -125,5 +125,3 @@ def generation_defaults(files: ModelFiles) -> GenerationDefaults:
     if files.generation_config is None:
         return GenerationDefaults()
     return read_config(GenerationDefaults, read_json(files.generation_config), files.generation_config)
-
-

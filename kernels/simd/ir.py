@@ -46,14 +46,25 @@ def broadcast(builder, address):
     return builder.shuffle_vector(one, one, splat(i32, 0))
 
 
-def horizontal_sum(builder, v):
-    """The sum of the lanes as a tree of pairs: the same order on every processor."""
-    n = LANES
-    while n > 1:
-        n //= 2
-        low, high = (ir.Constant(vector(i32, n), [ir.Constant(i32, start + i) for i in range(n)]) for start in (0, n))
-        v = builder.fadd(builder.shuffle_vector(v, v, low), builder.shuffle_vector(v, v, high))
-    return builder.extract_element(v, ir.Constant(i32, 0))
+def shuffle(builder, a, b, lanes):
+    """A vector of the named lanes of a followed by b."""
+    return builder.shuffle_vector(a, b, ir.Constant(vector(i32, len(lanes)), [ir.Constant(i32, i) for i in lanes]))
+
+
+def horizontal_sums(builder, vectors):
+    """A vector of the sums over lanes of 1, 2, 4, 8 or 16 vectors; the sums of several cost little more than that of one.
+
+    Each sum is the same tree, halves added to halves, whatever it is computed beside and on whatever processor.
+    """
+    partials = LANES
+    while partials > 1:
+        partials //= 2
+        pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [(vectors[0], vectors[0])]
+        n = vectors[0].type.count * (2 if len(vectors) > 1 else 1)
+        low = [start + i for start in range(0, n, 2 * partials) for i in range(partials)]
+        high = [i + partials for i in low]
+        vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
+    return vectors[0]
 
 
 def prefetch(builder, address, locality=2):
@@ -82,8 +93,8 @@ def load(builder, address, t, mask=None):
 
 
 def store(builder, value, address, mask=None):
-    """Store 16 f32 at `address`, of any alignment; lanes outside `mask` are left alone."""
-    p = vector(f32).as_pointer()
+    """Store a vector of f32 at `address`, of any alignment; lanes outside `mask` (of 16) are left alone."""
+    p = value.type.as_pointer()
     if mask is None:
         builder.store(value, builder.inttoptr(address, p), align=1)
     else:

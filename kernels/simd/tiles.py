@@ -5,7 +5,7 @@ Both compute y[m, j] = Σ_k x[m, k] · w[k, j] for a few tokens m and a few outp
 * `dot_tile`, for weights stored by output (row j holds w[:, j]): vectors run along k, each output ends in one sum over lanes;
 * `axpy_tile`, for weights stored by input (row k holds w[k, :], as GPT-2's Conv1D): vectors run along j, k is a chain of fma.
 
-The order of summation of an output depends on neither the number of tokens nor that of outputs, so one token gives
+and `largest`, the maximum of a run of f32. The order of summation of an output depends on neither the number of tokens nor that of outputs, so one token gives
 bit for bit what it gives among many.
 """
 
@@ -21,17 +21,19 @@ from .ir import (
     broadcast,
     f32,
     fma,
-    horizontal_sum,
+    horizontal_sums,
+    i32,
     integer,
     lanes_below,
     load,
     load_weights,
     loop,
-    pointer,
     prefetch,
+    shuffle,
     splat,
     storage,
     store,
+    vector,
 )
 
 
@@ -82,10 +84,8 @@ def dot_tile(outputs: int, tokens: int):
                 both.add_incoming(s, start)
                 both.add_incoming(t, end)
                 sums[index] = both
-            for j in range(outputs):
-                for m in range(tokens):
-                    at = b.add(b.add(y_at, b.mul(y_stride, integer(m))), integer(4 * j))
-                    b.store(horizontal_sum(b, sums[j * tokens + m]), pointer(b, at, f32))
+            for m in range(tokens):
+                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 8), generate
@@ -94,8 +94,8 @@ def dot_tile(outputs: int, tokens: int):
 
 
 @cache
-def axpy_tile(vectors: int, tokens: int, partial: bool = False):
-    """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector.
+def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = False):
+    """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector; `onto` adds to y.
 
     tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `width` is the number
     of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for.
@@ -113,9 +113,13 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False):
                 masks[-1] = lanes_below(b, b.sub(width, integer(LANES * (vectors - 1))))
             inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
             distance = b.mul(ahead, w_stride)
-            k, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * (vectors * tokens))
+            outputs = [
+                b.add(b.add(y_at, b.mul(y_stride, integer(m))), integer(v * LANES * 4)) for m in range(tokens) for v in range(vectors)
+            ]
+            start = [load(b, at, f32, masks[i % vectors]) if onto else splat(f32, 0.0) for i, at in enumerate(outputs)]
+            k, sums, close = loop(b, integer(0), n, 1, start)
             row = b.add(w_at, b.mul(k, w_stride))
-            for byte in range(0, vectors * LANES * size, 64):
+            for byte in range(0, 0 if onto else vectors * LANES * size, 64):
                 prefetch(b, b.add(b.add(row, distance), integer(byte)))
             weights = [load_weights(b, b.add(row, integer(v * LANES * size)), form, masks[v]) for v in range(vectors)]
             new = []
@@ -123,10 +127,8 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False):
                 x = broadcast(b, b.add(inputs[m], b.mul(k, integer(4))))
                 new += [fma(b, weights[v], x, sums[m * vectors + v]) for v in range(vectors)]
             sums = close(new)
-            for m in range(tokens):
-                for v in range(vectors):
-                    at = b.add(b.add(y_at, b.mul(y_stride, integer(m))), integer(v * LANES * 4))
-                    store(b, sums[m * vectors + v], at, masks[v])
+            for i, at in enumerate(outputs):
+                store(b, sums[i], at, masks[i % vectors])
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 9), generate
@@ -134,4 +136,29 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False):
     return tile
 
 
-__all__ = ["axpy_tile", "dot_tile", "ir"]
+@intrinsic
+def largest(typing, at, n):
+    """The largest of the n f32 at an address; −infinity for none. NaN may or may not be passed over."""
+
+    def generate(context, b, signature, arguments):
+        at, n = arguments
+        lowest = ir.Constant(vector(f32), [ir.Constant(f32, float("-inf"))] * LANES)
+
+        def step(i, highest, mask=None):
+            values = load(b, b.add(at, b.mul(i, integer(4))), f32, mask)
+            if mask is not None:
+                values = b.select(mask, values, lowest)
+            return b.select(b.fcmp_ordered(">", values, highest), values, highest)
+
+        whole = b.and_(n, integer(-LANES))
+        i, (highest,), close = loop(b, integer(0), whole, LANES, [lowest])
+        (highest,) = close([step(i, highest)])
+        highest = step(whole, highest, lanes_below(b, b.sub(n, whole)))
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            a, c = shuffle(b, highest, highest, range(lanes)), shuffle(b, highest, highest, range(lanes, 2 * lanes))
+            highest = b.select(b.fcmp_ordered(">", a, c), a, c)
+        return b.extract_element(highest, ir.Constant(i32, 0))
+
+    return types.float32(types.int64, types.int64), generate

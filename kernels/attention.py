@@ -1,0 +1,201 @@
+"""Causal attention over a KV cache: one fused step for decode, tiles of queries for a prompt.
+
+    out[t, h] = Σ_s softmax_s(scale · q[t, h] · key[s]) value[s],   s over the keys that query t sees
+
+q, out f32 [T, H, Dh]; keys, values f32 [G, C, Dh], the cache of one layer, C cells in any order; head h reads key/value head
+h // (H / G) (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). cells i32 [·] names the cells in position
+order; query t sees cells[begin[t] : end[t]], at least one. No T x S matrix exists: keys come in blocks of 64, and the softmax
+is kept up to date from block to block (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+Blocks are cut at multiples of 64 of the index into `cells`, and a query's sums never depend on the other queries, so a token gives the
+same bits in a prompt of any chunk size and as a decode step. NaN in a visible key or value makes the query's head NaN.
+Cost: K and V of every visible cell are read once a tile of 16 queries.
+"""
+
+import numba
+import numpy as np
+from numba import prange
+
+from .checks import check_array
+from .elementary import exp
+from .errors import ToyllmError
+from .jit import inline, kernel
+from .simd.ir import LANES
+from .simd.tiles import axpy_tile, dot_tile, largest
+
+BLOCK = 64  # keys a block
+QUERIES = 16  # queries a tile
+SCRATCH = 3 * BLOCK  # f32 values a thread needs: a block's scores, and each query's maximum and sum of weights
+KEYS, VALUES = 4, 4 * LANES  # keys that are scored together, elements of a value that are summed together
+
+dot_keys, dot_key = dot_tile(KEYS, 1), dot_tile(1, 1)
+add_values, add_rest = axpy_tile(VALUES // LANES, 1, onto=True), axpy_tile(1, 1, partial=True, onto=True)
+
+
+def attention_reference(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    cells: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scale: float,
+    out: np.ndarray,
+) -> None:
+    """The formula in NumPy, one query at a time; f64 in, f64 arithmetic."""
+    T, H, _ = q.shape
+    group = H // keys.shape[0]
+    for t in range(T):
+        seen = cells[begin[t] : end[t]]
+        for h in range(H):
+            scores = keys[h // group, seen] @ q[t, h] * scale
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ values[h // group, seen] / weights.sum()
+
+
+@inline
+def _update(scores, count, scale, tops, totals, row):
+    """One row's softmax after a block of raw scores, which become weights; returns what earlier sums shrink by."""
+    for s in range(count):
+        scores[s] *= scale
+    before = tops[row]
+    top = max(before, largest(scores.ctypes.data, count))
+    total = np.float32(0)
+    for s in range(count):
+        weight = exp(scores[s] - top)
+        scores[s] = weight
+        total += weight
+    kept = exp(before - top)
+    tops[row] = top
+    totals[row] = totals[row] * kept + total
+    return kept
+
+
+@inline
+def _tile(q, keys, values, cells, adjoining, begin, end, scale, out, g, first, last, own):
+    """Queries first..last of the heads that read key/value head g; `own` is this thread's scratch."""
+    H, Dh = q.shape[1], q.shape[2]
+    C, group = keys.shape[1], H // keys.shape[0]
+    tops, totals, scores = own[:BLOCK], own[BLOCK : 2 * BLOCK], own[2 * BLOCK :]
+    key_bytes, head_bytes = 4 * Dh, g * C * Dh * 4
+    k_at, v_at = keys.ctypes.data + head_bytes, values.ctypes.data + head_bytes
+    low, high = begin[first], end[first]
+    for t in range(first, last):
+        low, high = min(low, begin[t]), max(high, end[t])
+    for h in range(g * group, (g + 1) * group):
+        tops[:] = -np.inf
+        totals[:] = 0
+        out[first:last, h] = 0
+        for block in range(low // BLOCK * BLOCK, high, BLOCK):
+            for t in range(first, last):
+                seen, count = max(block, begin[t]), min(block + BLOCK, end[t]) - max(block, begin[t])
+                if count <= 0:
+                    continue
+                q_at, y_at, s_at = q[t, h].ctypes.data, out[t, h].ctypes.data, scores.ctypes.data
+                if adjoining:
+                    at = k_at + cells[seen] * key_bytes
+                    for s in range(0, count // KEYS * KEYS, KEYS):
+                        dot_keys(keys, at + s * key_bytes, key_bytes, q_at, 0, Dh, s_at + 4 * s, 0, 0)
+                    for s in range(count // KEYS * KEYS, count):
+                        dot_key(keys, at + s * key_bytes, key_bytes, q_at, 0, Dh, s_at + 4 * s, 0, 0)
+                else:
+                    for s in range(count):
+                        dot_key(keys, k_at + cells[seen + s] * key_bytes, key_bytes, q_at, 0, Dh, s_at + 4 * s, 0, 0)
+                kept = _update(scores, count, scale, tops, totals, t - first)
+                for d in range(Dh):
+                    out[t, h, d] *= kept
+                runs = 1 if adjoining else count  # neighbouring cells are one run of rows; the order of the sum is the same
+                for s in range(runs):
+                    at = v_at + cells[seen + s] * key_bytes
+                    n = count if adjoining else 1
+                    for d in range(0, Dh // VALUES * VALUES, VALUES):
+                        add_values(values, at + 4 * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, 0, 0)
+                    for d in range(Dh // VALUES * VALUES, Dh, LANES):
+                        add_rest(values, at + 4 * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, Dh - d, 0)
+        for t in range(first, last):
+            share = np.float32(1) / totals[t - first]
+            for d in range(Dh):
+                out[t, h, d] *= share
+
+
+@kernel(parallel=True)
+def _attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch):
+    T = q.shape[0]
+    tiles = (T + QUERIES - 1) // QUERIES
+    for task in prange(keys.shape[0] * tiles):  # heads outermost: equal halves for two threads, although late tiles see more keys
+        first = task % tiles * QUERIES
+        own = scratch[numba.get_thread_id()]
+        _tile(q, keys, values, cells, adjoining, begin, end, scale, out, task // tiles, first, min(first + QUERIES, T), own)
+
+
+def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ANN001 - see the module's contract
+    """The kernel, unchecked. `adjoining`: cells[i + 1] == cells[i] + 1 throughout; `scratch` f32 [threads, SCRATCH]."""
+    _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), out, scratch)
+
+
+@kernel(parallel=True)
+def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
+    """The same algorithm in plain loops: the twin that any processor, the bounds checker and plain Python run."""
+    T, H, Dh = q.shape
+    group = H // keys.shape[0]
+    for task in prange(T * H):
+        t, h = task // H, task % H
+        g = h // group
+        scores = scratch[numba.get_thread_id()]
+        top, total = np.float32(-np.inf), np.float32(0)
+        for d in range(Dh):
+            out[t, h, d] = 0
+        for block in range(begin[t] // BLOCK * BLOCK, end[t], BLOCK):
+            seen, unseen = max(block, begin[t]), min(block + BLOCK, end[t])
+            highest = top
+            for s in range(seen, unseen):
+                dot = np.float32(0)
+                for d in range(Dh):
+                    dot += q[t, h, d] * keys[g, cells[s], d]
+                scores[s - seen] = dot * scale
+                highest = max(highest, scores[s - seen])
+            kept = exp(np.float32(top - highest))
+            total *= kept
+            for d in range(Dh):
+                out[t, h, d] *= kept
+            for s in range(seen, unseen):
+                weight = exp(np.float32(scores[s - seen] - highest))
+                total += weight
+                for d in range(Dh):
+                    out[t, h, d] += weight * values[g, cells[s], d]
+            top = highest
+        for d in range(Dh):
+            out[t, h, d] /= total
+
+
+def attention_portable(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ANN001, ARG001
+    """The portable kernel, unchecked; arguments as of `attention_kernel`."""
+    _portable(q, keys, values, cells, begin, end, np.float32(scale), out, scratch)
+
+
+def attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, cells: np.ndarray, begin: np.ndarray, end: np.ndarray, scale: float
+) -> np.ndarray:
+    """Attention of q f32 [T, H, Dh] over keys and values f32 [G, C, Dh]; a new f32 [T, H, Dh].
+
+    Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]). Raises ToyllmError on other arrays, on cells outside
+    the cache, and on a query that sees nothing.
+    """
+    T, H, Dh = check_array("q", q, (None, None, None))
+    G, C, _ = check_array("keys", keys, (None, None, Dh))
+    check_array("values", values, (G, C, Dh))
+    check_array("cells", cells, (None,), (np.dtype(np.int32),))
+    check_array("begin", begin, (T,), (np.dtype(np.int64),))
+    check_array("end", end, (T,), (np.dtype(np.int64),))
+    if G == 0 or H % G:
+        raise ToyllmError(f"q has {H} heads and the cache {G}: expected a multiple")
+    if cells.size and not 0 <= cells.min() <= cells.max() < C:
+        raise ToyllmError(f"cells: expected indices from 0 to {C - 1}, found {cells.min()} to {cells.max()}")
+    if T and not ((begin >= 0) & (begin < end) & (end <= len(cells))).all():
+        raise ToyllmError(f"begin, end: expected 0 <= begin < end <= {len(cells)} for every query")
+    out = np.empty((T, H, Dh), np.float32)
+    if out.size:
+        scratch = np.empty((numba.config.NUMBA_NUM_THREADS, SCRATCH), np.float32)
+        adjoining = bool((np.diff(cells) == 1).all())
+        attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch)
+    return out

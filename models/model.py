@@ -1,0 +1,126 @@
+"""A loaded model: its family's functions with the weights, buffers and kernels they run on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.errors import ToyllmError
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import load_config
+from .location import ModelFiles, find_model
+from .tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..kernels.backends import Backend
+    from .generation import Event, Settings
+
+PREFILL_CHUNK = 512  # tokens a pass: enough to keep the processor busy, and the buffers stay in its caches
+
+
+@dataclass
+class Model:
+    """A checkpoint ready to run. Made by `load`."""
+
+    files: ModelFiles
+    family: ModuleType
+    config: Any
+    checkpoint: Checkpoint
+    weights: Any
+    tokenizer: Tokenizer | None
+    kernels: "Backend"
+    prefill_chunk: int = PREFILL_CHUNK
+    _buffers: Any = field(default=None, repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of the embedding, the ids the model takes."""
+        return self.config.vocab_size
+
+    def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
+        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
+        return self.family.make_cache(self.config, sequences, self.config.context if context is None else context)
+
+    def forward(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        sequences: Sequence[int] | np.ndarray,
+        cache: Any,
+        taps: Callable[[str, np.ndarray], None] | None = None,
+        all_logits: bool = False,
+    ) -> np.ndarray:
+        """Run tokens [T] at their positions [T] in their sequences [T] of the cache; f32 logits [1, V] of the last, or [T, V] of all.
+
+        Prefill and decode, one sequence or many, are this one path. More than `prefill_chunk` tokens run in passes of that many, which
+        changes no logits. `taps(name, array)` is called with each activation as it is made: a buffer that the next one overwrites; copy
+        it to keep it. Raises ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
+        """
+        tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
+        self._check_batch(tokens, positions, sequences)
+        T = len(tokens)
+        if self._buffers is None or len(self._buffers.x) < min(T, self.prefill_chunk):
+            self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
+        logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32)
+        for first in range(0, T, self.prefill_chunk):
+            last = min(first + self.prefill_chunk, T)
+            wanted = logits[first:last] if all_logits else logits[: last == T]
+            cache.start_forward(positions[first:last], sequences[first:last])
+            self.family.forward(
+                self.weights, self.config, self.kernels, self._buffers, tokens[first:last], positions[first:last], cache, wanted, taps
+            )
+        return logits
+
+    def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> None:
+        if tokens.ndim != 1 or tokens.shape != positions.shape or tokens.shape != sequences.shape or not len(tokens):
+            raise ToyllmError(
+                f"tokens, positions, sequences: expected the same length of at least 1, "
+                f"found shapes {list(tokens.shape)}, {list(positions.shape)}, {list(sequences.shape)}"
+            )
+        check_ids(tokens, self.vocab_size)
+        if positions.min() < 0 or positions.max() >= self.config.context:
+            raise ToyllmError(f"positions: expected 0 to {self.config.context - 1}, found {positions.min()} to {positions.max()}")
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """f32 logits [T, V] after each of the ids [T], from position 0. Raises ToyllmError for ids out of range or more than the context."""
+        T = len(ids)
+        if not 0 < T <= self.config.context:
+            raise ToyllmError(f"ids: expected 1 to {self.config.context}, found {T}")
+        return self.forward(ids, np.arange(T), np.zeros(T, np.int64), self.new_cache(T), all_logits=True)
+
+    def generate(self, prompt: str | Sequence[int], settings: "Settings | None" = None, context: int | None = None) -> "Iterator[Event]":
+        """Continue a text or token ids; see `generation.generate`."""
+        from .generation import Settings, encode_prompt, generate
+
+        return generate(self, encode_prompt(self, prompt), settings or Settings(), context)
+
+
+def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:
+    """Raise ToyllmError, naming the first, where an id is no row of the embedding."""
+    array = np.asarray(ids, np.int64)
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(outside):
+        raise ToyllmError(f"token id {array[outside[0]]} (number {outside[0] + 1} of {len(array)}): expected 0 to {vocab_size - 1}")
+
+
+def load(name: str, backend: str = "auto", threads: int | None = None, prefill_chunk: int = PREFILL_CHUNK) -> Model:
+    """Load a model: a folder, a .safetensors file, an embedded model's name, or a repo id in the local Hugging Face cache.
+
+    The weights stay in the memory map. `backend` is one of kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the
+    physical cores), `prefill_chunk` the most tokens a pass. Raises ToyllmError for what cannot be found, read or run.
+    """
+    if prefill_chunk < 1:
+        raise ToyllmError(f"prefill_chunk: expected at least 1, found {prefill_chunk}")
+    files = find_model(name)
+    family, config = load_config(files)
+    checkpoint = open_checkpoint(files)
+    weights = family.load_weights(checkpoint, config)
+    tokenizer = load_tokenizer(files)
+
+    from ..kernels import threads as threading
+    from ..kernels.backends import backend as choose
+
+    threading.set_threads(threads)
+    return Model(files, family, config, checkpoint, weights, tokenizer, choose(backend), prefill_chunk)

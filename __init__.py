@@ -1,8 +1,9 @@
 """toyllm: run GPT-2 and GPT-OSS checkpoints in pure Python, and see everything inside them.
 
-    import toyllm
-    model = toyllm.load("tales-gpt2")
-    model.logits([464, 3290])  # float32 [T, V]
+>>> import toyllm
+>>> model = toyllm.load("tales-gpt2")
+>>> model.logits([464, 329]).shape  # float32 [T, V]
+(2, 4096)
 """
 
 __version__ = "0.1.0"

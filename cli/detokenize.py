@@ -1,6 +1,5 @@
 """`toyllm detokenize`: the text of token ids, byte for byte."""
 
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,8 @@ import typer
 from ..kernels.errors import ToyllmError
 from . import output
 from .options import DEFAULT_MODEL, Json, Model
-from .tokenize import find_tokenizer, read_stdin
+from .prompt import parse_ids, read_stdin
+from .tokenize import find_tokenizer
 
 if TYPE_CHECKING:
     from ..models.location import ModelFiles
@@ -39,18 +39,7 @@ def detokenize(
     elif sys.stdout.isatty():
         output.write(output.printable(tokenizer.decode(found)) + "\n")
     else:
-        sys.stdout.buffer.write(b"".join(map(tokenizer.token_bytes, found)))
-
-
-def parse_ids(text: str) -> list[int]:
-    """Token ids from text, with spaces or commas between. Raises ValueError for anything else, and for none."""
-    words = re.split(r"[\s,]+", text.strip(" \t\r\n,"))
-    if words == [""]:
-        raise ValueError("no ids given")
-    wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,18}", word)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong[:40]!r} is not a token id: expected whole numbers with spaces or commas between")
-    return [int(word) for word in words]
+        output.write_bytes(b"".join(map(tokenizer.token_bytes, found)))
 
 
 def check_ids(ids: list[int], files: "ModelFiles", tokenizer: "Tokenizer") -> None:

@@ -2,17 +2,21 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
 from ..kernels.errors import ToyllmError
 from . import output
-from .options import option
+from .detokenize import detokenize
+from .generate import generate
+from .models import models
+from .pull import pull
+from .tokenize import tokenize
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-UsageError = typer.BadParameter.__mro__[1]  # wherever this Typer keeps its click
+UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this Typer keeps its click
 
 app = typer.Typer(
     name="toyllm",
@@ -41,7 +45,12 @@ def root(
     ] = False,
 ) -> None:
     """Run GPT-2 and GPT-OSS checkpoints, and see everything inside them."""
+    del version  # its callback has acted
     output.show_notes()
+
+
+for command in (generate, tokenize, detokenize, models, pull):
+    app.command()(command)
 
 
 def main() -> None:

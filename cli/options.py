@@ -17,11 +17,11 @@ def option(text: str, *names: str, twin: bool = True, **settings: Any) -> Any:
 
 Model = Annotated[
     str,
-    option(
-        "A folder, a .safetensors file, an embedded model (tales-gpt2), or a repo id in the local Hugging Face cache.", "--model", "-m"
-    ),
+    option("A folder, a .safetensors file, an embedded model (tales-gpt2), or a repo id in the local Hugging Face cache.", "--model", "-m"),
 ]
 Json = Annotated[bool, option("One JSON document on stdout.", "--json")]
 PromptIds = Annotated[str | None, option('Token ids instead of text: "464 3290".', "--prompt-ids", twin=False, metavar="IDS")]
+Threads = Annotated[int | None, option("Threads of the kernels.", "--threads", show_default="the physical cores")]
+Backend = Annotated[str, option("Which kernels: auto, avx512, avx2, portable, or numpy (the references).", "--backend")]
 
 DEFAULT_MODEL = "tales-gpt2"

@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 
@@ -13,6 +14,13 @@ def write(text: str) -> None:
     """Data, as it is, to stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def write_bytes(data: bytes) -> None:
+    """Data that is no text, or perhaps none, to stdout."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def write_json(command: str, document: dict[str, Any]) -> None:
@@ -25,6 +33,37 @@ def say(text: str) -> None:
     """A line for the person, to stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def say_dimmed(text: str) -> None:
+    """Text for the person to read the data after, to stderr, without a line break; dimmed where colours belong."""
+    sys.stderr.write(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text)
+    sys.stderr.flush()
+
+
+@contextmanager
+def byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr, shown from the first call of progress(done, total) on; only on a terminal."""
+    if not colours(sys.stderr):
+        yield lambda done, total: None  # noqa: ARG005
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            bar.start()
+            task = bar.add_task(one_line(label), total=total)
+        bar.update(task, completed=done)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ import typer
 from ..kernels.errors import ToyllmError
 from . import output
 from .options import DEFAULT_MODEL, Json, Model, option
+from .prompt import read_stdin
 
 if TYPE_CHECKING:
     from ..models.location import ModelFiles
@@ -43,16 +44,6 @@ def tokenize(
         return
     rows = [(str(p.id), literal(tokenizer.token_bytes(p.id)), f"{p.start}:{p.end}") for p in pieces]
     output.table(("id", "piece", "bytes"), rows, right=(0, 2))
-
-
-def read_stdin() -> str:
-    """Read all of stdin, line ends as they are. Raises ToyllmError where it is not UTF-8."""
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = error.start
-        raise ToyllmError(f"stdin: byte {at} (0x{data[at]:02x}): expected UTF-8 ({error.reason}); convert the text first") from error
 
 
 def find_tokenizer(model: str) -> "tuple[ModelFiles, Tokenizer]":

@@ -23,7 +23,7 @@ STRIP = 4096  # values a task: enough to outweigh handing it to a thread
 
 
 def gelu_reference(x: np.ndarray) -> None:
-    """x · Φ(x) in NumPy, in place."""
+    """X · Φ(x) in NumPy, in place."""
     x[...] = x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
 
@@ -69,7 +69,7 @@ def gelu_kernel(x: np.ndarray) -> None:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """x · Φ(x) of an f32 array [N], as a new one. Raises ToyllmError on other arrays."""
+    """X · Φ(x) of an f32 array [N], as a new one. Raises ToyllmError on other arrays."""
     check_array("x", x, (None,))
     out = x.copy()
     gelu_kernel(out)

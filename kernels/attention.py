@@ -22,6 +22,7 @@ from .errors import ToyllmError
 from .jit import inline, kernel
 from .simd.ir import LANES
 from .simd.tiles import axpy_tile, dot_tile, largest
+from .threads import thread_scratch
 
 BLOCK = 64  # keys a block
 QUERIES = 16  # queries a tile
@@ -128,7 +129,7 @@ def _attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratc
         _tile(q, keys, values, cells, adjoining, begin, end, scale, out, task // tiles, first, min(first + QUERIES, T), own)
 
 
-def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ANN001 - see the module's contract
+def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:
     """The kernel, unchecked. `adjoining`: cells[i + 1] == cells[i] + 1 throughout; `scratch` f32 [threads, SCRATCH]."""
     _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), out, scratch)
 
@@ -168,7 +169,7 @@ def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
             out[t, h, d] /= total
 
 
-def attention_portable(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ANN001, ARG001
+def attention_portable(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ARG001
     """The portable kernel, unchecked; arguments as of `attention_kernel`."""
     _portable(q, keys, values, cells, begin, end, np.float32(scale), out, scratch)
 
@@ -195,7 +196,6 @@ def attention(
         raise ToyllmError(f"begin, end: expected 0 <= begin < end <= {len(cells)} for every query")
     out = np.empty((T, H, Dh), np.float32)
     if out.size:
-        scratch = np.empty((numba.config.NUMBA_NUM_THREADS, SCRATCH), np.float32)
         adjoining = bool((np.diff(cells) == 1).all())
-        attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch)
+        attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, thread_scratch(SCRATCH))
     return out

@@ -8,7 +8,6 @@ built and ids and positions at each step.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from . import activation, attention, matmul, norm
@@ -27,11 +26,11 @@ class Backend:
     attention: Callable[..., None]
 
 
-def _reference_matmul(x, w, bias, out, panels) -> None:  # noqa: ANN001, ARG001
+def _reference_matmul(x, w, bias, out, panels) -> None:  # noqa: ARG001
     matmul.matmul_reference(x, w, bias, out)
 
 
-def _reference_attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ANN001, ARG001
+def _reference_attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ARG001
     attention.attention_reference(q, keys, values, cells, begin, end, scale, out)
 
 
@@ -48,8 +47,3 @@ def backend(name: str = "auto") -> Backend:
     """The backend of that name, or the best for this processor. Raises ToyllmError for one it does not know or cannot run."""
     chosen = choose_backend(name)
     return Backend(chosen, *TABLE[chosen])
-
-
-def thread_scratch(size: int) -> np.ndarray:
-    """f32 [threads, size]: a private row for each thread that a kernel may run on."""
-    return np.empty((numba.config.NUMBA_NUM_THREADS, size), np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .dtypes import BF16
 from .jit import exact
 
 # exp(x) = 2^n · e^r with n = round(x / ln 2), r = x − n·ln 2 in two parts (Cody and Waite), |r| ≤ ln 2 / 2.
@@ -63,7 +64,7 @@ def f16_value(bits):
 def value(item):
     """One stored weight (f32, or a record of f16 or bf16 bits) as f32."""
     if isinstance(item, np.void):
-        return bf16_value(item["bf16"]) if "bf16" in item.dtype.names else f16_value(item["f16"])
+        return bf16_value(item["bf16"]) if item.dtype == BF16 else f16_value(item["f16"])
     return item
 
 

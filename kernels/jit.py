@@ -9,18 +9,19 @@ import hashlib
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import config
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from .threads import choose_threading_layer
 
 log = logging.getLogger("toyllm")
+config: Any = numba.config  # made at run time, so that no type checker knows what it holds
 choose_threading_layer()
 
 # What the compiler may assume: sums in any order and fused multiply-adds, but NaN and infinity are kept.
@@ -44,7 +45,7 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, strict: 
     """
     if function is None:
         return lambda f: kernel(f, parallel=parallel, strict=strict)
-    dispatcher = numba.njit(parallel=parallel, fastmath=False if strict else RELAXED, error_model="numpy")(function)
+    dispatcher: Any = numba.njit(parallel=parallel, fastmath=False if strict else RELAXED, error_model="numpy")(function)
     if not config.DISABLE_JIT and cache_folder() is not None:
         try:
             dispatcher._cache = KernelCache(function)  # noqa: SLF001 - what cache=True does, with our checks around it
@@ -98,6 +99,14 @@ def make_private(folder: Path) -> None:
         raise OSError(f"{folder} is not writable")
 
 
+spent: list[float] = []
+
+
+def preparing_seconds() -> float:
+    """Seconds that loading and compiling kernels has taken in this process so far."""
+    return sum(spent)
+
+
 class CheckedFile(IndexDataCacheFile):
     """A cache entry behind its SHA-256: half-written or altered machine code is never run."""
 
@@ -126,6 +135,7 @@ class KernelCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function for a signature, or None; then it is about to be compiled, which is said once."""
         found = None
+        self.began = time.perf_counter()
         try:
             found = super().load_overload(sig, target_context)
         except Exception as error:  # noqa: BLE001 - unpickling damaged bytes raises anything
@@ -133,10 +143,13 @@ class KernelCache(FunctionCache):
             self.forget()
         if found is None:
             say_once("compiling kernels for this processor, once; this takes some seconds")
+        else:
+            spent.append(time.perf_counter() - self.began)
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled function, or say once that it could not be kept."""
+        spent.append(time.perf_counter() - self.began)
         try:
             super().save_overload(sig, data)
         except OSError as error:

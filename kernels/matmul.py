@@ -29,6 +29,7 @@ from .host import supports
 from .jit import kernel
 from .simd.ir import LANES
 from .simd.tiles import axpy_tile, dot_tile
+from .threads import thread_scratch
 
 NO_BIAS = np.empty(0, np.float32)
 
@@ -163,7 +164,7 @@ def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarra
 
 @kernel(parallel=True)
 def _portable_by_output(x, w, bias, out):
-    """w [N, K], plain loops: the twin that any processor, the bounds checker and plain Python run."""
+    """W [N, K], plain loops: the twin that any processor, the bounds checker and plain Python run."""
     for j in prange(w.shape[0]):
         for m in range(x.shape[0]):
             total = np.float32(0)
@@ -176,7 +177,7 @@ def _portable_by_output(x, w, bias, out):
 
 @kernel(parallel=True)
 def _portable_by_input(x, w, bias, out):
-    """w [K, N], plain loops over strips of columns."""
+    """W [K, N], plain loops over strips of columns."""
     K, N = w.shape
     for strip in prange((N + 63) // 64):
         first, last = strip * 64, min(strip * 64 + 64, N)
@@ -206,7 +207,7 @@ def check_matrix(name: str, w: np.ndarray) -> tuple[int, int]:
 
 
 def matmul(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """x · w + bias for x f32 [M, K], w [K, N] (f32, F16 or BF16, C-contiguous or a transpose), bias f32 [N]: a new f32 [M, N].
+    """X · w + bias for x f32 [M, K], w [K, N] (f32, F16 or BF16, C-contiguous or a transpose), bias f32 [N]: a new f32 [M, N].
 
     Raises ToyllmError for other dtypes, shapes and strides.
     """
@@ -218,7 +219,7 @@ def matmul(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.n
         check_array("bias", bias, (N,))
     out = np.zeros((M, N), np.float32)
     if M and N and K:
-        matmul_kernel(x, w, bias, out, np.empty((numba.config.NUMBA_NUM_THREADS, panels_for(K)), np.float32))
+        matmul_kernel(x, w, bias, out, thread_scratch(panels_for(K)))
     elif bias.size:
         out += bias
     return out

@@ -103,7 +103,7 @@ def sample_scratch(V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.empty(V, np.float32), np.empty(2 * BUCKETS), np.empty(V, np.uint64)
 
 
-def sample_kernel(logits, temperature, top_k, top_p, min_p, u, scratch) -> int:  # noqa: ANN001 - see the module's contract
+def sample_kernel(logits, temperature, top_k, top_p, min_p, u, scratch) -> int:
     """The kernel, unchecked."""
     return int(_sample(logits, logits.max(), temperature, top_k, top_p, min_p, u, *scratch))
 
@@ -116,9 +116,8 @@ def sample(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float 
     """
     (V,) = check_array("logits", logits, (None,))
     if not (temperature > 0 and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1 and 0 <= u < 1):
-        raise ToyllmError(
-            f"sample: temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, u {u}: expected > 0, >= 0, [0, 1], [0, 1], [0, 1)"
-        )
+        found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, u {u}"
+        raise ToyllmError(f"sample: {found}: expected > 0, >= 0, [0, 1], [0, 1], [0, 1)")
     if V == 0 or not np.isfinite(logits.max()):
         raise ToyllmError("logits: expected a largest one that is finite")
     return sample_kernel(logits, float(temperature), int(top_k), float(top_p), float(min_p), float(u), sample_scratch(V))
@@ -133,7 +132,7 @@ def _sum_exp(logits, top):
 
 
 def log_sum_exp(logits: np.ndarray) -> float:
-    """ln Σ exp(logits) of f32 [V], in f64: a token's log-probability is its logit less this. Raises ToyllmError on other arrays."""
+    """Ln Σ exp(logits) of f32 [V], in f64: a token's log-probability is its logit less this. Raises ToyllmError on other arrays."""
     if check_array("logits", logits, (None,)) == (0,):
         raise ToyllmError("logits: expected at least one")
     top = logits.max()

@@ -10,6 +10,9 @@ import os
 import site
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .errors import ToyllmError
 
@@ -37,11 +40,24 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def max_threads() -> int:
+    """The most threads a kernel may run on."""
+    import numba
+
+    config: Any = numba.config
+    return config.NUMBA_NUM_THREADS
+
+
+def thread_scratch(size: int) -> np.ndarray:
+    """f32 [threads, size]: a private row for each thread that a kernel may run on."""
+    return np.empty((max_threads(), size), np.float32)
+
+
 def set_threads(count: int | None = None) -> int:
     """Use `count` threads in all kernels (default: the physical cores); returns the number. Raises ToyllmError out of range."""
     import numba
 
-    most = numba.config.NUMBA_NUM_THREADS
+    most = max_threads()
     if count is None:
         count = min(physical_cores(), most)
     if not 1 <= count <= most:

@@ -1,7 +1,7 @@
 """Checkpoints, tokenizers, caches, the models themselves, sampling and generation. A model knows no terminal."""
 
 
-def __getattr__(name: str):  # noqa: ANN202
+def __getattr__(name: str):
     # NumPy and Numba are imported when a model is loaded, not by those who only look for one.
     if name in ("Model", "load"):
         from . import model

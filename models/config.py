@@ -22,6 +22,11 @@ def size(default: int) -> Any:
     return field(default=default, metadata={"least": 1})
 
 
+def optional_size() -> Any:
+    """A dataclass field for a dimension that may be null."""
+    return field(default=None, metadata={"least": 1})
+
+
 def positive(default: float) -> Any:
     """A dataclass field for a number above 0."""
     return field(default=default, metadata={"above": 0.0})
@@ -54,7 +59,7 @@ def read_config(cls: type[C], document: dict[str, Any], where: Path) -> C:
     return cls(**{f.name: checked(document[f.name], f, where) for f in fields(cls) if f.name in document})  # type: ignore[arg-type]
 
 
-def checked(value: Any, of: Field, where: Path) -> Any:
+def checked(value: Any, of: Field[Any], where: Path) -> Any:
     """`value` if it fits the field's type and bounds, else a ToyllmError; an integer passes for a float, never a bool for an integer."""
 
     def wrong(expected: str) -> ToyllmError:
@@ -66,15 +71,16 @@ def checked(value: Any, of: Field, where: Path) -> Any:
     kind = next(t for t in allowed if t is not type(None))
     if of.name.endswith("_token_id"):
         return token_ids(value, wrong)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= LARGEST else math.inf
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
+        value = float(value)
     if type(value) is not kind:
         raise wrong({int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind])
-    if kind in (int, float) and not math.isfinite(value):
+    number: Any = value
+    if kind is float and not math.isfinite(number):
         raise wrong("a finite number")
-    if "least" in of.metadata and not of.metadata["least"] <= value <= LARGEST:
+    if "least" in of.metadata and not of.metadata["least"] <= number <= LARGEST:
         raise wrong(f"an integer from {of.metadata['least']} to {LARGEST}")
-    if "above" in of.metadata and not value > of.metadata["above"]:
+    if "above" in of.metadata and not number > of.metadata["above"]:
         raise wrong(f"a number above {of.metadata['above']:g}")
     return value
 

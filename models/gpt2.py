@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +21,11 @@ from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
 from .cache import CausalCache
 from .checkpoint import Checkpoint
-from .config import positive, size
+from .config import optional_size, positive, size
 from .weights import Spec, log, match, matrix, vector
+
+if TYPE_CHECKING:
+    from ..kernels.backends import Backend
 
 Tap = Callable[[str, np.ndarray], None]
 
@@ -37,7 +41,7 @@ class Config:
     n_embd: int = size(768)  # D
     n_layer: int = size(12)  # L
     n_head: int = size(12)  # H
-    n_inner: int | None = size(None)  # F; null = 4 D
+    n_inner: int | None = optional_size()  # F; null = 4 D
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = positive(1e-5)
     scale_attn_weights: bool = True  # scores divided by √Dh
@@ -181,12 +185,21 @@ class Buffers:
 def make_buffers(c: Config, rows: int) -> Buffers:
     """Buffers for passes of up to `rows` tokens."""
     from ..kernels.attention import SCRATCH
-    from ..kernels.backends import thread_scratch
     from ..kernels.matmul import panels_for
+    from ..kernels.threads import thread_scratch
 
-    D, F, H = c.n_embd, c.inner, c.n_head
-    shapes = ((D,), (D,), (3 * D,), (H, D // H), (H, D // H), (F,), (D,))
-    return Buffers(*(np.empty((rows, *s), np.float32) for s in shapes), thread_scratch(panels_for(max(D, F))), thread_scratch(SCRATCH))
+    D, F, H, Dh = c.n_embd, c.inner, c.n_head, c.n_embd // c.n_head
+    return Buffers(
+        x=np.empty((rows, D), np.float32),
+        norm=np.empty((rows, D), np.float32),
+        qkv=np.empty((rows, 3 * D), np.float32),
+        q=np.empty((rows, H, Dh), np.float32),
+        heads=np.empty((rows, H, Dh), np.float32),
+        hidden=np.empty((rows, F), np.float32),
+        added=np.empty((rows, D), np.float32),
+        panels=thread_scratch(panels_for(max(D, F))),
+        scores=thread_scratch(SCRATCH),
+    )
 
 
 def make_cache(c: Config, sequences: int, capacity: int) -> CausalCache:
@@ -202,7 +215,9 @@ def cache_bytes(c: Config, capacity: int) -> int:
 # ---- attention, feed-forward, block, forward --------------------------------------------------------------------------------
 
 
-def attention(x: np.ndarray, w: Block, i: int, c: Config, k, buffers: Buffers, cache: CausalCache, tap: Tap | None) -> np.ndarray:  # noqa: ANN001
+def attention(
+    x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buffers, cache: CausalCache, tap: Tap | None
+) -> np.ndarray:
     """Causal multi-head attention of block i over the cache, output projection included: [T, D] -> [T, D]."""
     T, H, Dh = len(x), c.n_head, c.n_embd // c.n_head
     qkv, q, heads, out = buffers.qkv[:T], buffers.q[:T], buffers.heads[:T], buffers.added[:T]
@@ -215,9 +230,12 @@ def attention(x: np.ndarray, w: Block, i: int, c: Config, k, buffers: Buffers, c
     k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
     if tap:
         name = f"blocks.{i}.attn"
-        tap(f"{name}.q", q), tap(f"{name}.k", split[:, 1]), tap(f"{name}.v", split[:, 2])
+        tap(f"{name}.q", q)
+        tap(f"{name}.k", split[:, 1])
+        tap(f"{name}.v", split[:, 2])
         tap_scores(tap, name, q, cache, scale)
-        tap(f"{name}.heads", heads), tap(f"{name}.out", out)
+        tap(f"{name}.heads", heads)
+        tap(f"{name}.out", out)
     return out
 
 
@@ -230,21 +248,23 @@ def tap_scores(tap: Tap, name: str, q: np.ndarray, cache: CausalCache, scale: fl
     visible = (cell >= cache.begin[:, None]) & (cell < cache.end[:, None])
     scores = np.where(visible, scores, np.float32(-np.inf))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    tap(f"{name}.scores", scores), tap(f"{name}.weights", weights / weights.sum(-1, keepdims=True))
+    tap(f"{name}.scores", scores)
+    tap(f"{name}.weights", weights / weights.sum(-1, keepdims=True))
 
 
-def feed_forward(x: np.ndarray, w: Block, i: int, c: Config, k, buffers: Buffers, tap: Tap | None) -> np.ndarray:  # noqa: ANN001
+def feed_forward(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buffers, tap: Tap | None) -> np.ndarray:
     """gelu(x · W_up + b) · W_down + b: [T, D] -> [T, D]."""
     hidden, out = buffers.hidden[: len(x)], buffers.added[: len(x)]
     k.matmul(x, w.up.weight, w.up.bias, hidden, buffers.panels)
     getattr(k, ACTIVATIONS[c.activation_function])(hidden)
     k.matmul(hidden, w.down.weight, w.down.bias, out, buffers.panels)
     if tap:
-        tap(f"blocks.{i}.mlp.hidden", hidden), tap(f"blocks.{i}.mlp.out", out)
+        tap(f"blocks.{i}.mlp.hidden", hidden)
+        tap(f"blocks.{i}.mlp.out", out)
     return out
 
 
-def block(x: np.ndarray, w: Block, i: int, c: Config, k, buffers: Buffers, cache: CausalCache, tap: Tap | None) -> None:  # noqa: ANN001
+def block(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buffers, cache: CausalCache, tap: Tap | None) -> None:
     """Block i, in place on the residual stream x [T, D]: each sub-layer reads a norm of it and adds to it."""
     norm = buffers.norm[: len(x)]
     k.layer_norm(x, w.norm_1.weight, w.norm_1.bias, c.layer_norm_epsilon, norm)
@@ -264,7 +284,7 @@ def block(x: np.ndarray, w: Block, i: int, c: Config, k, buffers: Buffers, cache
 def forward(
     w: Weights,
     c: Config,
-    k,  # noqa: ANN001 - kernels.backends.Backend, which this module does not import
+    k: "Backend",
     buffers: Buffers,
     tokens: np.ndarray,
     positions: np.ndarray,

@@ -1,22 +1,29 @@
 """A loaded model: its family's functions with the weights, buffers and kernels they run on."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.checks import check_array
 from ..kernels.errors import ToyllmError
 from .checkpoint import Checkpoint, open_checkpoint
-from .config import load_config
+from .config import GenerationDefaults, generation_defaults, load_config
 from .location import ModelFiles, find_model
+from .preload import available_memory
 from .tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("toyllm")
 
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
     from .generation import Event, Settings
 
+RESERVE = 256 * 2**20  # bytes of memory left for the interpreter, the kernels and their buffers
 PREFILL_CHUNK = 512  # tokens a pass: enough to keep the processor busy, and the buffers stay in its caches
 
 
@@ -31,13 +38,42 @@ class Model:
     weights: Any
     tokenizer: Tokenizer | None
     kernels: "Backend"
+    threads: int
     prefill_chunk: int = PREFILL_CHUNK
     _buffers: Any = field(default=None, repr=False)
+
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """What generation_config.json says."""
+        return generation_defaults(self.files)
 
     @property
     def vocab_size(self) -> int:
         """V: rows of the embedding, the ids the model takes."""
         return self.config.vocab_size
+
+    def context_for(self, wanted: int | None) -> int:
+        """Positions to make a KV cache for: `wanted`, or the model's context reduced, with a note, to what fits in memory.
+
+        Raises ToyllmError, with the figures, for more than the model knows and for more than fits.
+        """
+        most = self.config.context
+        if wanted is not None and not 1 <= wanted <= most:
+            raise ToyllmError(f"--context {wanted}: expected 1 to {most}, the positions this model knows")
+        free = available_memory()
+        if free is None:
+            return wanted or most
+        weights = sum(path.stat().st_size for path in self.checkpoint.shards)
+        room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
+        each = self.family.cache_bytes(self.config, 1)
+        fits = max(1, room // each)
+        if (wanted or most) <= fits:
+            return wanted or most
+        figures = f"the KV cache takes {each * (wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
+        if wanted is not None:
+            raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
+        log.info("context reduced from %d to %d: %s", most, fits, figures)
+        return fits
 
     def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
         """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
@@ -51,19 +87,22 @@ class Model:
         cache: Any,
         taps: Callable[[str, np.ndarray], None] | None = None,
         all_logits: bool = False,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Run tokens [T] at their positions [T] in their sequences [T] of the cache; f32 logits [1, V] of the last, or [T, V] of all.
 
         Prefill and decode, one sequence or many, are this one path. More than `prefill_chunk` tokens run in passes of that many, which
-        changes no logits. `taps(name, array)` is called with each activation as it is made: a buffer that the next one overwrites; copy
-        it to keep it. Raises ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
+        changes no logits. `out`, of the result's shape, is written and returned if given. `taps(name, array)` is called with each
+        activation as it is made: a buffer that the next one overwrites; copy it to keep it. Raises ToyllmError for ids, positions or
+        sequences that do not fit; CacheFull where the cache has no room.
         """
         tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
         self._check_batch(tokens, positions, sequences)
         T = len(tokens)
         if self._buffers is None or len(self._buffers.x) < min(T, self.prefill_chunk):
             self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
-        logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32)
+        logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32) if out is None else out
+        check_array("out", logits, (T if all_logits else 1, self.vocab_size))
         for first in range(0, T, self.prefill_chunk):
             last = min(first + self.prefill_chunk, T)
             wanted = logits[first:last] if all_logits else logits[: last == T]
@@ -84,7 +123,7 @@ class Model:
             raise ToyllmError(f"positions: expected 0 to {self.config.context - 1}, found {positions.min()} to {positions.max()}")
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """f32 logits [T, V] after each of the ids [T], from position 0. Raises ToyllmError for ids out of range or more than the context."""
+        """f32 logits [T, V] after each of the ids [T], from position 0. Raises ToyllmError for bad ids or too many."""
         T = len(ids)
         if not 0 < T <= self.config.context:
             raise ToyllmError(f"ids: expected 1 to {self.config.context}, found {T}")
@@ -119,8 +158,7 @@ def load(name: str, backend: str = "auto", threads: int | None = None, prefill_c
     weights = family.load_weights(checkpoint, config)
     tokenizer = load_tokenizer(files)
 
-    from ..kernels import threads as threading
     from ..kernels.backends import backend as choose
+    from ..kernels.threads import set_threads
 
-    threading.set_threads(threads)
-    return Model(files, family, config, checkpoint, weights, tokenizer, choose(backend), prefill_chunk)
+    return Model(files, family, config, checkpoint, weights, tokenizer, choose(backend), set_threads(threads), prefill_chunk)

@@ -35,7 +35,7 @@ def pointer(builder, address, t):
 
 
 def fma(builder, a, b, c):
-    """a * b + c, rounded once, over vectors."""
+    """A * b + c, rounded once, over vectors."""
     return builder.call(declare(builder, "llvm.fma.v16f32", vector(f32), [vector(f32)] * 3), [a, b, c])
 
 
@@ -103,9 +103,9 @@ def store(builder, value, address, mask=None):
         builder.call(f, [value, builder.inttoptr(address, p), ir.Constant(i32, 1), mask])
 
 
-def storage(array):
+def storage(array) -> str:
     """The name of an array type's storage format: "f32", "f16" or "bf16"."""
-    return array.dtype.fields and next(iter(array.dtype.fields)) if isinstance(array.dtype, types.Record) else "f32"
+    return next(iter(array.dtype.fields)) if isinstance(array.dtype, types.Record) else "f32"
 
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}

@@ -5,11 +5,12 @@ Both compute y[m, j] = Σ_k x[m, k] · w[k, j] for a few tokens m and a few outp
 * `dot_tile`, for weights stored by output (row j holds w[:, j]): vectors run along k, each output ends in one sum over lanes;
 * `axpy_tile`, for weights stored by input (row k holds w[k, :], as GPT-2's Conv1D): vectors run along j, k is a chain of fma.
 
-and `largest`, the maximum of a run of f32. The order of summation of an output depends on neither the number of tokens nor that of outputs, so one token gives
-bit for bit what it gives among many.
+and `largest`, the maximum of a run of f32. The order of summation of an output depends on neither the number of tokens nor
+that of outputs, so one token gives bit for bit what it gives among many.
 """
 
 from functools import cache
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -38,7 +39,7 @@ from .ir import (
 
 
 @cache
-def dot_tile(outputs: int, tokens: int):
+def dot_tile(outputs: int, tokens: int) -> Any:
     """The intrinsic for `outputs` rows of w and `tokens` rows of x.
 
     tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` only says the storage format; `_at` are addresses,
@@ -94,7 +95,7 @@ def dot_tile(outputs: int, tokens: int):
 
 
 @cache
-def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = False):
+def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = False) -> Any:
     """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector; `onto` adds to y.
 
     tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `width` is the number
@@ -137,7 +138,7 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
 
 
 @intrinsic
-def largest(typing, at, n):
+def _largest(typing, at, n):
     """The largest of the n f32 at an address; −infinity for none. NaN may or may not be passed over."""
 
     def generate(context, b, signature, arguments):
@@ -162,3 +163,6 @@ def largest(typing, at, n):
         return b.extract_element(highest, ir.Constant(i32, 0))
 
     return types.float32(types.int64, types.int64), generate
+
+
+largest: Any = _largest

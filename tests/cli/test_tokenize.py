@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from toyllm.cli.detokenize import detokenize, parse_ids
+from typer.main import get_command
+
+from toyllm.cli.detokenize import detokenize
+from toyllm.cli.prompt import parse_ids
 from toyllm.cli.tokenize import tokenize
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models.location import EMBEDDED
-from typer.main import get_command
 
 UsageError = typer.BadParameter.__mro__[1]
 

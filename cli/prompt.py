@@ -1,0 +1,45 @@
+"""Where a prompt comes from: the argument, a pipe, or token ids."""
+
+import re
+import sys
+
+import typer
+
+from ..kernels.errors import ToyllmError
+
+
+def read_stdin() -> str:
+    """All of stdin, line ends as they are. Raises ToyllmError where it is not UTF-8."""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise ToyllmError(f"stdin: byte {at} (0x{data[at]:02x}): expected UTF-8 ({error.reason}); convert the text first") from error
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids from text, with spaces or commas between. Raises ValueError for anything else, and for none."""
+    words = re.split(r"[\s,]+", text.strip(" \t\r\n,"))
+    if words == [""]:
+        raise ValueError("no ids given")
+    wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,18}", word)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[:40]!r} is not a token id: expected whole numbers with spaces or commas between")
+    return [int(word) for word in words]
+
+
+def read_prompt(context: typer.Context, text: str | None, ids: str | None) -> str | list[int]:
+    """The prompt as text, or as ids where they are given. A pipe's last line break is dropped: `echo` adds one that nobody means."""
+    if ids is not None:
+        if text is not None:
+            raise typer.BadParameter("give a text or ids, not both", ctx=context, param_hint="PROMPT, --prompt-ids")
+        try:
+            return parse_ids(ids)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}", ctx=context, param_hint="--prompt-ids") from error
+    if text not in (None, "-"):
+        return text
+    if sys.stdin.isatty() and text is None:
+        raise typer.BadParameter(f'none given; try: {context.command_path} "Once upon a time"', ctx=context, param_hint="PROMPT")
+    return read_stdin().removesuffix("\n")

@@ -1,0 +1,215 @@
+"""Generation: settings, the loop from a prompt's logits to its continuation, and when it ends."""
+
+import math
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.errors import ToyllmError
+from ..kernels.jit import preparing_seconds
+from .config import GenerationDefaults
+from .model import check_ids
+from .sampling import Sampler, logprobs
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to continue a prompt; the penalties act on the whole context, the prompt included."""
+
+    max_tokens: int = 200
+    temperature: float = 0.8  # 0 takes the likeliest token, ties to the lowest id
+    top_k: int = 0  # 0 is off
+    top_p: float = 0.95  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # 1 is off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None draws one
+    stop: tuple[str, ...] = ()
+    eos: tuple[int, ...] = ()  # ids that end the text
+    logprobs: int | None = None  # how many alternatives to report beside each token's own; None reports nothing
+
+
+BOUNDS = {  # setting -> (what is allowed, in words; the test)
+    "max_tokens": ("0 or more", lambda v: v >= 0),
+    "temperature": ("a finite number from 0", lambda v: 0 <= v < math.inf),
+    "top_k": ("0 (off) or more", lambda v: v >= 0),
+    "top_p": ("0 to 1", lambda v: 0 <= v <= 1),
+    "min_p": ("0 to 1", lambda v: 0 <= v <= 1),
+    "repetition_penalty": ("a finite number above 0", lambda v: 0 < v < math.inf),
+    "presence_penalty": ("a finite number", math.isfinite),
+    "frequency_penalty": ("a finite number", math.isfinite),
+    "seed": ("0 to 2^63 - 1", lambda v: 0 <= v < 2**63),
+    "stop": ("texts that are not empty", all),
+    "logprobs": ("0 or more", lambda v: v >= 0),
+}
+
+
+def check_bounds(settings: Mapping[str, Any]) -> None:
+    """Raise ToyllmError for a setting out of its bounds; None is not given."""
+    for name, (expected, holds) in BOUNDS.items():
+        value = settings.get(name)
+        if value is not None and not holds(value):
+            raise ToyllmError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+
+
+def check_settings(settings: Settings) -> Settings:
+    """The settings, with a seed drawn if there was none. Raises ToyllmError for one out of its bounds."""
+    check_bounds(vars(settings))
+    return settings if settings.seed is not None else replace(settings, seed=secrets.randbelow(2**32))
+
+
+def settings_for(defaults: GenerationDefaults, config: Any, given: dict[str, Any]) -> Settings:
+    """Our defaults, overridden by the model's generation_config.json, overridden by what is given (None: not given).
+
+    `do_sample: false` means temperature 0; ids of end-of-text come from generation_config.json, else from config.json.
+    """
+    names = {f.name for f in fields(Settings)}
+    theirs = {name: value for name, value in vars(defaults).items() if name in names and value is not None}
+    if defaults.do_sample is False:
+        theirs["temperature"] = 0.0
+    if defaults.max_new_tokens is not None:
+        theirs["max_tokens"] = defaults.max_new_tokens
+    theirs["eos"] = config.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
+    return check_settings(Settings(**theirs | {name: value for name, value in given.items() if value is not None}))
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token; `logprob` is its log-softmax of the raw logits, `top` the likeliest (id, logprob), if asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a generation ended: "stop" (end-of-text or a stop string), "length" (max_tokens) or "context" (no position left)."""
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int  # an ending end-of-text included
+    prefill_s: float  # the prompt's passes
+    decode_s: float  # from the first token to the end
+    kernels_s: float  # loading or compiling kernels, which the other two leave out
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought: a token, the text that became certain, and at the end the result."""
+
+    token: Token | None
+    text: str
+    result: Result | None = None
+
+
+def encode_prompt(model: "Model", prompt: str | Sequence[int], special: bool = True) -> list[int]:
+    """Token ids of a prompt, checked. An empty text becomes the model's beginning-of-text token, where it has one.
+
+    Raises ToyllmError for text without a tokenizer, no tokens at all, and ids out of range.
+    """
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ToyllmError(f"{model.files.name}: no tokenizer beside the weights; give ids with --prompt-ids")
+        ids = model.tokenizer.encode(prompt, special=special) or list(model.config.bos_token_id[:1])
+    else:
+        ids = [int(i) for i in prompt]
+    if not ids:
+        raise ToyllmError("the prompt is empty, and this model has no beginning-of-text token to start from; give at least one token")
+    check_ids(ids, model.vocab_size)
+    return ids
+
+
+def clock() -> float:
+    """Seconds of a clock that stands still while kernels are loaded or compiled."""
+    return time.perf_counter() - preparing_seconds()
+
+
+def generate(model: "Model", prompt: Sequence[int], settings: Settings, context: int | None = None) -> Iterator[Event]:
+    """Continue the ids of a prompt token by token; the last event carries the result.
+
+    Prompt and continuation together never exceed `context` (default: the model's). Raises ToyllmError for a prompt longer than that,
+    and for logits from which no token can be drawn.
+    """
+    settings = check_settings(settings)
+    room: int = model.config.context if context is None else context
+    if len(prompt) > room:
+        raise ToyllmError(f"the prompt has {len(prompt)} tokens and the context {room}: shorten the prompt, or raise --context")
+    start, kernels = clock(), preparing_seconds()
+    cache = model.new_cache(room)
+    logits = model.forward(prompt, np.arange(len(prompt)), np.zeros(len(prompt), np.int64), cache)
+    prefilled = first = clock()
+    sampler, writer = Sampler(settings, prompt, model.vocab_size), Writer(model, settings.stop)
+    used, last = len(prompt), min(len(prompt) + settings.max_tokens, room)
+    token, stopped = prompt[-1], False
+    while used < last and not stopped:
+        if used > len(prompt):
+            model.forward([token], [used - 1], [0], cache, out=logits)
+        drawn = draw(logits[0], sampler, settings)
+        token, used = drawn.id, used + 1
+        if used == len(prompt) + 1:
+            first = clock()
+        text = "" if token in settings.eos else writer.push(token)
+        stopped = token in settings.eos or writer.stopped
+        yield Event(drawn, text)
+    reason = "stop" if stopped else "length" if used == len(prompt) + settings.max_tokens else "context"
+    seconds = (prefilled - start, clock() - first, preparing_seconds() - kernels)
+    yield Event(None, writer.finish(), Result(reason, len(prompt), used - len(prompt), *seconds))
+
+
+def draw(logits: np.ndarray, sampler: Sampler, settings: Settings) -> Token:
+    """The next token from logits f32 [V], which are overwritten; log-probabilities are those of the logits as they came."""
+    if settings.logprobs is None:
+        return Token(sampler.next(logits))
+    raw = logits.copy()
+    total, top = logprobs(raw, settings.logprobs)
+    chosen = sampler.next(logits)
+    return Token(chosen, float(raw[chosen]) - total, top)
+
+
+class Writer:
+    """Turns tokens into text that is certain: whole characters, and nothing that a stop string may still take back."""
+
+    def __init__(self, model: "Model", stops: tuple[str, ...]) -> None:
+        if stops and model.tokenizer is None:
+            raise ToyllmError("--stop: this model has no tokenizer, so no text to stop at")
+        self._stream = model.tokenizer.stream() if model.tokenizer else None
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        return self._release(self._stream.push(token) if self._stream else f"{token} ")
+
+    def finish(self) -> str:
+        """What was held back; nothing after a stop string."""
+        if self.stopped:
+            return ""
+        text = self._release(self._stream.finish() if self._stream else "")
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)], ""
+            return released
+        keep = max((longest_overlap(self._held, stop) for stop in self._stops), default=0)
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
+
+
+def longest_overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

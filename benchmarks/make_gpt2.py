@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
 from toyllm.kernels.dtypes import to_bf16, to_f16
 
 V, P = 50257, 1024  # vocabulary, positions

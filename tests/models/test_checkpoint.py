@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+
 from toyllm.kernels.dtypes import BF16, F16, F32, widen
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models.checkpoint import MAX_JSON, open_checkpoint

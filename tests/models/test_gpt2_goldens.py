@@ -10,8 +10,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - teaches NumPy, and so safetensors' NumPy loader, bfloat16
 import numpy as np
 import pytest
-import toyllm
 from safetensors.numpy import load_file
+
+import toyllm
 
 GOLDENS = Path(__file__).parent / "goldens" / "gpt2"
 CASES = sorted(file.stem for file in GOLDENS.glob("*.safetensors"))

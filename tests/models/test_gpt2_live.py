@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import toyllm
 
 with warnings.catch_warnings():  # their imports deprecate this and that

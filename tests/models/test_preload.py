@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models import preload
 from toyllm.models.preload import available_memory, read_ahead, resident_share

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models.location import ModelFiles, find_model
 from toyllm.models.tokenizer import Tokenizer, byte_characters, load_tokenizer

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toyllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import toyllm
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models.location import EMBEDDED, ModelFiles, find_model
 from toyllm.models.tokenizer import Tokenizer, byte_characters, load_tokenizer

@@ -68,6 +68,13 @@ def test_logits_agree_with_transformers(case: str) -> None:
     assert error(logits, golden(case)["logits"]) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["portable", "numpy"])
+@pytest.mark.parametrize("case", TAPPED)
+def test_the_plain_backends_agree_with_transformers(case: str, backend: str) -> None:
+    plain = toyllm.load(str(GOLDENS / case), backend=backend)
+    assert error(plain.logits(golden(case)["prompt"].tolist()), golden(case)["logits"]) < 1e-4
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_ids_equal_those_of_transformers(case: str) -> None:
     expected = golden(case)["greedy"].tolist()
@@ -103,6 +110,16 @@ def test_cached_decode_equals_one_full_pass_for_every_prefix_length(case: str) -
 def test_prefill_in_chunks_changes_no_logits(case: str, chunk: int) -> None:
     ids = np.concatenate([golden(case)["prompt"], golden(case)["greedy"]])
     np.testing.assert_array_equal(run(case, ids, chunks=[chunk] * math.ceil(len(ids) / chunk)), run(case, ids))
+
+
+def test_sequences_side_by_side_keep_their_own_logits() -> None:
+    prompt = golden("baseline")["prompt"]
+    ids = np.stack([prompt[:12], prompt[20:32]])
+    sequences, positions = np.tile([0, 1], 12), np.arange(12).repeat(2)
+    cache = model("baseline").new_cache(sequences=2)
+    mixed = model("baseline").forward(ids.T.ravel(), positions, sequences, cache, all_logits=True)
+    np.testing.assert_array_equal(mixed[sequences == 0], run("baseline", ids[0]))
+    np.testing.assert_array_equal(mixed[sequences == 1], run("baseline", ids[1]))
 
 
 def test_an_empty_cache_may_start_at_a_later_position() -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +62,20 @@ def header_of(shapes: Shapes, dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def normal_blocks(count: int, mean: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Draw `count` values of N(mean, 0.02) in f32, at most BLOCK at a time, none of them subnormal in any dtype."""
+    while count:
+        values = rng.standard_normal(min(BLOCK, count), np.float32) * np.float32(0.02) + np.float32(mean)
+        yield np.where(np.abs(values) < SMALLEST, np.copysign(SMALLEST, values), values)
+        count -= len(values)
+
+
 def blocks_of(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Draw the tensor's values in f32, flat, at most BLOCK at a time."""
     if is_mask(name):
         yield np.tri(P, dtype=np.float32).ravel()
-        return
-    mean = np.float32(".ln_" in f".{name}" and name.endswith("weight"))
-    left = math.prod(shape)
-    while left:
-        values = rng.standard_normal(min(BLOCK, left), np.float32) * np.float32(0.02) + mean
-        yield np.where(np.abs(values) < SMALLEST, np.copysign(SMALLEST, values), values)
-        left -= len(values)
+    else:
+        yield from normal_blocks(math.prod(shape), float(".ln_" in f".{name}" and name.endswith("weight")), rng)
 
 
 def config_of(size: str, L: int) -> dict:
@@ -88,20 +91,26 @@ def config_of(size: str, L: int) -> dict:
     return config | EXTRA.get(size, {"n_special": 0, "predict_special_tokens": True})
 
 
-def write_weights(path: Path, shapes: Shapes, dtype: str) -> None:
-    """model.safetensors, block by block, with its progress on stderr once it takes more than a second."""
-    rng = np.random.default_rng(0)
-    header, narrow = header_of(shapes, dtype), DTYPES[dtype][2]
-    total = len(header) + sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype][1]
+def write_stream(path: Path, header: bytes, blocks: Iterable[np.ndarray], total: int) -> None:
+    """Write a new file of `total` bytes block by block, with its progress on stderr once it takes more than a second."""
     shown = time.monotonic()
     with path.open("xb") as file:
         file.write(header)
-        for name, shape in shapes.items():
-            for values in blocks_of(name, shape, rng):
-                file.write((narrow(values) if narrow else values).tobytes())
-                if time.monotonic() - shown > 1:
-                    shown = time.monotonic()
-                    print(f"{path}: {file.tell() / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr)
+        for block in blocks:
+            file.write(block.tobytes())
+            if time.monotonic() - shown > 1:
+                shown = time.monotonic()
+                print(f"{path}: {file.tell() / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr)
+
+
+def write_weights(path: Path, shapes: Shapes, dtype: str) -> None:
+    """model.safetensors, every value drawn from one generator."""
+    rng = np.random.default_rng(0)
+    _, width, narrow = DTYPES[dtype]
+    header = header_of(shapes, dtype)
+    values = (block for name, shape in shapes.items() for block in blocks_of(name, shape, rng))
+    total = len(header) + sum(math.prod(shape) for shape in shapes.values()) * width
+    write_stream(path, header, map(narrow, values) if narrow else values, total)
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def _one_by_input(x, w, bias, out):
     """One row, w [K, N]: strips of columns, each a chain over all inputs."""
     K, N = w.shape
     stride, at, x_at, y_at = w.strides[0], w.ctypes.data, x.ctypes.data, out.ctypes.data
-    item = stride // N
+    item = w.itemsize  # not from a stride: NumPy leaves that of an axis of length 1 open
     for strip in prange((N + STRIP - 1) // STRIP):
         first = strip * STRIP
         last = min(first + STRIP, N)

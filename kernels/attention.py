@@ -8,7 +8,8 @@ order; query t sees cells[begin[t] : end[t]], at least one. No T x S matrix exis
 is kept up to date from block to block (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867).
 
 Blocks are cut at multiples of 64 of the index into `cells`, and a query's sums never depend on the other queries, so a token gives the
-same bits in a prompt of any chunk size and as a decode step. NaN in a visible key or value makes the query's head NaN.
+same bits in a prompt of any chunk size and as a decode step. A score of −∞ weighs nothing; scores that are all −∞ give NaN, as do +∞
+and NaN in a visible key. NaN in a visible value makes that element of the head NaN.
 Cost: K and V of every visible cell are read once a tile of 16 queries.
 """
 
@@ -28,6 +29,7 @@ BLOCK = 64  # keys a block
 QUERIES = 16  # queries a tile
 SCRATCH = 3 * BLOCK  # f32 values a thread needs: a block's scores, and each query's maximum and sum of weights
 KEYS, VALUES = 4, 4 * LANES  # keys that are scored together, elements of a value that are summed together
+LOWEST = np.float32(np.finfo(np.float32).min)  # the maximum of no scores: finite, so that a whole block of −∞ weighs 0 and is not NaN
 
 dot_keys, dot_key = dot_tile(KEYS, 1), dot_tile(1, 1)
 add_values, add_rest = axpy_tile(VALUES // LANES, 1, onto=True), axpy_tile(1, 1, partial=True, onto=True)
@@ -84,7 +86,7 @@ def _tile(q, keys, values, cells, adjoining, begin, end, scale, out, g, first, l
     for t in range(first, last):
         low, high = min(low, begin[t]), max(high, end[t])
     for h in range(g * group, (g + 1) * group):
-        tops[:] = -np.inf
+        tops[:] = LOWEST
         totals[:] = 0
         out[first:last, h] = 0
         for block in range(low // BLOCK * BLOCK, high, BLOCK):
@@ -143,7 +145,7 @@ def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
         t, h = task // H, task % H
         g = h // group
         scores = scratch[numba.get_thread_id()]
-        top, total = np.float32(-np.inf), np.float32(0)
+        top, total = LOWEST, np.float32(0)
         for d in range(Dh):
             out[t, h, d] = 0
         for block in range(begin[t] // BLOCK * BLOCK, end[t], BLOCK):

@@ -8,6 +8,7 @@ entry must carry its checksum. Where that does not hold, kernels are compiled an
 import hashlib
 import logging
 import os
+import pickle
 import stat
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 from .threads import choose_threading_layer
 
@@ -46,9 +48,9 @@ def kernel(function: Callable | None = None, *, parallel: bool = False, strict: 
     if function is None:
         return lambda f: kernel(f, parallel=parallel, strict=strict)
     dispatcher: Any = numba.njit(parallel=parallel, fastmath=False if strict else RELAXED, error_model="numpy")(function)
-    if not config.DISABLE_JIT and cache_folder() is not None:
+    if not config.DISABLE_JIT and (folder := cache_folder()):
         try:
-            dispatcher._cache = KernelCache(function)  # noqa: SLF001 - what cache=True does, with our checks around it
+            dispatcher._cache = KernelCache(function, folder)  # noqa: SLF001 - what cache=True does, with our checks around it
         except (OSError, RuntimeError) as error:  # Numba's own test of the folder
             say_once(f"compiled kernels are not kept: {error}")
     return dispatcher
@@ -64,7 +66,6 @@ def cache_folder() -> Path | None:
     except (OSError, RuntimeError) as error:
         log.info("compiled kernels are not kept: %s. They compile anew on each run; set NUMBA_CACHE_DIR to a private folder", error)
         return None
-    config.CACHE_DIR = str(folder)
     return folder
 
 
@@ -107,30 +108,55 @@ def preparing_seconds() -> float:
     return sum(spent)
 
 
-class CheckedFile(IndexDataCacheFile):
-    """A cache entry behind its SHA-256: half-written or altered machine code is never run."""
+class Entries:
+    """The compiled signatures of one function, a file each, behind a SHA-256: damaged machine code is never run.
 
-    def _save_data(self, name: str, data: Any) -> None:
-        content = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as f:
-            f.write(hashlib.sha256(content).digest() + content)
+    Each file is named by its key and holds it. In Numba's own scheme, numbered files and an index, two processes that compile
+    different signatures at once can leave one's code under the other's name.
+    """
 
-    def _load_data(self, name: str) -> Any:
-        import pickle
+    def __init__(self, prefix: str, stamp: Any) -> None:
+        self.prefix, self.stamp = prefix, stamp
 
-        content = Path(self._data_path(name)).read_bytes()
+    def path(self, key: Any) -> Path:
+        """Where the entry of a key (signature, processor, bytecode) is kept."""
+        return Path(f"{self.prefix}.{hashlib.sha256(repr((self.stamp, key)).encode()).hexdigest()[:16]}.nbc")
+
+    def load(self, key: Any) -> Any:
+        """What was saved for a key, or None. Raises ValueError where the file is not what was written, OSError where it cannot be read."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() != content[:32]:
-            raise ValueError(f"{name} is damaged")
-        return pickle.loads(content[32:])  # noqa: S301 - from this user's private folder, checked above
+            raise ValueError(f"{path} is damaged")
+        stamp, found, data = pickle.loads(content[32:])  # noqa: S301 - from this user's private folder, checked above
+        if (stamp, found) != (self.stamp, key):
+            raise ValueError(f"{path} holds another kernel")
+        return data
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep `data` for a key: another process sees the whole file or none. Raises OSError."""
+        content = dumps((self.stamp, key, data))
+        path = self.path(key)
+        written = path.with_suffix(f".{os.getpid()}")
+        try:
+            written.write_bytes(hashlib.sha256(content).digest() + content)
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
 
 
 class KernelCache(FunctionCache):
     """Numba's cache of one function, which never fails a run: what cannot be read is compiled, what cannot be written is not kept."""
 
-    def __init__(self, function: Callable) -> None:
-        super().__init__(function)
-        stamp = self._impl.locator.get_source_stamp()
-        self._cache_file = CheckedFile(self._cache_path, self._impl.filename_base, stamp)
+    def __init__(self, function: Callable, folder: Path) -> None:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # for this function alone; Numba may reset it at any compilation
+        try:
+            super().__init__(function)
+        finally:
+            config.CACHE_DIR = before
+        self._cache_file = Entries(f"{self._cache_path}/{self._impl.filename_base}", self._impl.locator.get_source_stamp())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function for a signature, or None; then it is about to be compiled, which is said once."""
@@ -140,7 +166,6 @@ class KernelCache(FunctionCache):
             found = super().load_overload(sig, target_context)
         except Exception as error:  # noqa: BLE001 - unpickling damaged bytes raises anything
             say_once(f"a compiled kernel could not be read ({type(error).__name__}); it is compiled anew")
-            self.forget()
         if found is None:
             say_once("compiling kernels for this processor, once; this takes some seconds")
         else:
@@ -152,13 +177,6 @@ class KernelCache(FunctionCache):
         spent.append(time.perf_counter() - self.began)
         try:
             super().save_overload(sig, data)
-        except OSError as error:
-            say_once(f"compiled kernels are not kept: {error}")
-
-    def forget(self) -> None:
-        """Empty the index, so that the next compilation can be kept."""
-        try:
-            self.flush()
         except OSError as error:
             say_once(f"compiled kernels are not kept: {error}")
 

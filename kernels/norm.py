@@ -1,8 +1,10 @@
-"""LayerNorm: y = (x − mean(x)) / √(variance(x) + ε) · weight + bias, over the last axis.
+"""LayerNorm and RMSNorm, over the last axis.
 
-x, y f32 [T, D], C-contiguous; weight, bias f32 [D]; the variance is the biased one (Ba, Kiros, Hinton 2016,
-arXiv:1607.06450; ε inside the root as in GPT-2). Two passes in f32. A NaN or infinity makes its own row NaN, no other.
-Cost: 3 reads and a write of T·D.
+`layer_norm`: y = (x − mean(x)) / √(variance(x) + ε) · weight + bias      (Ba, Kiros, Hinton 2016, arXiv:1607.06450)
+`rms_norm`:   y = x / √(mean(x²) + ε) · weight                            (Zhang, Sennrich 2019, arXiv:1910.07467)
+
+x, y f32 [T, D], C-contiguous; weight, bias f32 [D]; the variance is the biased one, ε inside the root. In f32 throughout.
+A NaN or infinity makes its own row NaN, no other. Cost: 3 (RMSNorm 2) reads and a write of T·D.
 """
 
 import numpy as np
@@ -43,6 +45,47 @@ def _layer_norm_one(x, weight, bias, epsilon, out):
 def _layer_norm_many(x, weight, bias, epsilon, out):
     for t in prange(x.shape[0]):
         _row(x[t], weight, bias, epsilon, out[t])
+
+
+def rms_norm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
+    """The formula in NumPy; f64 in, f64 arithmetic."""
+    out[...] = x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * weight
+
+
+@inline
+def _rms_row(x, weight, epsilon, out):
+    squares = np.float32(0)
+    for i in range(x.shape[0]):
+        squares += x[i] * x[i]
+    scale = np.float32(1) / np.sqrt(np.float32(squares / np.float32(x.shape[0])) + np.float32(epsilon))
+    for i in range(x.shape[0]):
+        out[i] = x[i] * scale * weight[i]
+
+
+@kernel
+def _rms_norm_one(x, weight, epsilon, out):
+    _rms_row(x[0], weight, epsilon, out[0])
+
+
+@kernel(parallel=True)
+def _rms_norm_many(x, weight, epsilon, out):
+    for t in prange(x.shape[0]):
+        _rms_row(x[t], weight, epsilon, out[t])
+
+
+def rms_norm_kernel(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
+    """The kernel, unchecked."""
+    (_rms_norm_one if len(x) == 1 else _rms_norm_many)(x, weight, epsilon, out)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
+    """RMSNorm of each row of x f32 [T, D] with weight f32 [D]; a new f32 [T, D]. Raises ToyllmError on other arrays."""
+    T, D = check_array("x", x, (None, None))
+    check_array("weight", weight, (D,))
+    out = np.empty((T, D), np.float32)
+    if T:
+        rms_norm_kernel(x, weight, epsilon, out)
+    return out
 
 
 def layer_norm_kernel(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float, out: np.ndarray) -> None:

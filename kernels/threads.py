@@ -18,8 +18,7 @@ from .errors import ToyllmError
 
 
 def choose_threading_layer() -> None:
-    """Let Numba find the TBB that came as a wheel, else OpenMP; a user's own NUMBA_THREADING_LAYER stands."""
-    os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "tbb omp workqueue")
+    """Let Numba, which looks for TBB first, then OpenMP, find the TBB that came as a wheel."""
     for prefix in (sys.prefix, site.getuserbase()):
         library = Path(prefix) / "lib" / "libtbb.so.12"
         if library.exists():  # this folder is not on the loader's path: once the library is loaded, Numba finds it

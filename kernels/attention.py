@@ -2,7 +2,10 @@
 
     out[t, h] = Σ_s softmax_s(scale · q[t, h] · key[s]) value[s],   s over the keys that query t sees
 
-q, out f32 [T, H, Dh]; keys, values f32 [G, C, Dh], the cache of one layer, C cells in any order; head h reads key/value head
+With a sink S_h the softmax has one more term, exp(S_h), and no value for it: the weights sum to less than 1 (gpt-oss; Xiao et al. 2023,
+arXiv:2309.17453). sinks f32 [H], or [0] for none.
+
+q, out f32 [T, H, Dh]; keys, values f32 or bf16 [G, C, Dh], the cache of one layer, C cells in any order; head h reads key/value head
 h // (H / G) (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). cells i32 [·] names the cells in position
 order; query t sees cells[begin[t] : end[t]], at least one. No T x S matrix exists: keys come in blocks of 64, and the softmax
 is kept up to date from block to block (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867).
@@ -18,7 +21,8 @@ import numpy as np
 from numba import prange
 
 from .checks import check_array
-from .elementary import exp
+from .dtypes import BF16, F32, widen
+from .elementary import exp, value
 from .errors import ToyllmError
 from .jit import inline, kernel
 from .simd.ir import LANES
@@ -28,6 +32,7 @@ from .threads import thread_scratch
 BLOCK = 64  # keys a block
 QUERIES = 16  # queries a tile
 SCRATCH = 3 * BLOCK  # f32 values a thread needs: a block's scores, and each query's maximum and sum of weights
+NO_SINKS = np.empty(0, np.float32)
 KEYS, VALUES = 4, 4 * LANES  # keys that are scored together, elements of a value that are summed together
 LOWEST = np.float32(np.finfo(np.float32).min)  # the maximum of no scores: finite, so that a whole block of −∞ weighs 0 and is not NaN
 
@@ -44,6 +49,7 @@ def attention_reference(
     end: np.ndarray,
     scale: float,
     out: np.ndarray,
+    sinks: np.ndarray = NO_SINKS,
 ) -> None:
     """The formula in NumPy, one query at a time; f64 in, f64 arithmetic."""
     T, H, _ = q.shape
@@ -51,9 +57,10 @@ def attention_reference(
     for t in range(T):
         seen = cells[begin[t] : end[t]]
         for h in range(H):
-            scores = keys[h // group, seen] @ q[t, h] * scale
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ values[h // group, seen] / weights.sum()
+            scores = widen(keys[h // group, seen]) @ q[t, h] * scale
+            top = max(scores.max(), sinks[h]) if sinks.size else scores.max()
+            weights = np.exp(scores - top)
+            out[t, h] = weights @ widen(values[h // group, seen]) / (weights.sum() + (np.exp(sinks[h] - top) if sinks.size else 0))
 
 
 @inline
@@ -75,12 +82,24 @@ def _update(scores, count, scale, tops, totals, row):
 
 
 @inline
-def _tile(q, keys, values, cells, adjoining, begin, end, scale, out, g, first, last, own):
+def _share(top, total, sinks, h):
+    """What a row's weighted sum is multiplied with in the end: 1 over the sum of its weights, the sink's included."""
+    if sinks.size == 0:
+        return np.float32(1) / total
+    highest = max(top, sinks[h])
+    kept = exp(np.float32(top - highest))
+    return kept / (total * kept + exp(np.float32(sinks[h] - highest)))
+
+
+@inline
+def _tile(q, keys, values, cells, adjoining, begin, end, scale, sinks, out, g, first, last, own):
     """Queries first..last of the heads that read key/value head g; `own` is this thread's scratch."""
     H, Dh = q.shape[1], q.shape[2]
     C, group = keys.shape[1], H // keys.shape[0]
     tops, totals, scores = own[:BLOCK], own[BLOCK : 2 * BLOCK], own[2 * BLOCK :]
-    key_bytes, head_bytes = 4 * Dh, g * C * Dh * 4
+    item = keys.itemsize
+    key_bytes = Dh * item
+    head_bytes = g * C * key_bytes
     k_at, v_at = keys.ctypes.data + head_bytes, values.ctypes.data + head_bytes
     low, high = begin[first], end[first]
     for t in range(first, last):
@@ -112,32 +131,32 @@ def _tile(q, keys, values, cells, adjoining, begin, end, scale, out, g, first, l
                     at = v_at + cells[seen + s] * key_bytes
                     n = count if adjoining else 1
                     for d in range(0, Dh // VALUES * VALUES, VALUES):
-                        add_values(values, at + 4 * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, 0, 0)
+                        add_values(values, at + item * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, 0, 0)
                     for d in range(Dh // VALUES * VALUES, Dh, LANES):
-                        add_rest(values, at + 4 * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, Dh - d, 0)
+                        add_rest(values, at + item * d, key_bytes, s_at + 4 * s, 0, n, y_at + 4 * d, 0, Dh - d, 0)
         for t in range(first, last):
-            share = np.float32(1) / totals[t - first]
+            share = _share(tops[t - first], totals[t - first], sinks, h)
             for d in range(Dh):
                 out[t, h, d] *= share
 
 
 @kernel(parallel=True)
-def _attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch):
+def _attention(q, keys, values, cells, adjoining, begin, end, scale, sinks, out, scratch):
     T = q.shape[0]
     tiles = (T + QUERIES - 1) // QUERIES
     for task in prange(keys.shape[0] * tiles):  # heads outermost: equal halves for two threads, although late tiles see more keys
         first = task % tiles * QUERIES
         own = scratch[numba.get_thread_id()]
-        _tile(q, keys, values, cells, adjoining, begin, end, scale, out, task // tiles, first, min(first + QUERIES, T), own)
+        _tile(q, keys, values, cells, adjoining, begin, end, scale, sinks, out, task // tiles, first, min(first + QUERIES, T), own)
 
 
-def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:
+def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch, sinks=NO_SINKS) -> None:
     """The kernel, unchecked. `adjoining`: cells[i + 1] == cells[i] + 1 throughout; `scratch` f32 [threads, SCRATCH]."""
-    _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), out, scratch)
+    _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), sinks, out, scratch)
 
 
 @kernel(parallel=True)
-def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
+def _portable(q, keys, values, cells, begin, end, scale, sinks, out, scratch):
     """The same algorithm in plain loops: the twin that any processor, the bounds checker and plain Python run."""
     T, H, Dh = q.shape
     group = H // keys.shape[0]
@@ -154,7 +173,7 @@ def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
             for s in range(seen, unseen):
                 dot = np.float32(0)
                 for d in range(Dh):
-                    dot += q[t, h, d] * keys[g, cells[s], d]
+                    dot += q[t, h, d] * value(keys[g, cells[s], d])
                 scores[s - seen] = dot * scale
                 highest = max(highest, scores[s - seen])
             kept = exp(np.float32(top - highest))
@@ -165,28 +184,38 @@ def _portable(q, keys, values, cells, begin, end, scale, out, scratch):
                 weight = exp(np.float32(scores[s - seen] - highest))
                 total += weight
                 for d in range(Dh):
-                    out[t, h, d] += weight * values[g, cells[s], d]
+                    out[t, h, d] += weight * value(values[g, cells[s], d])
             top = highest
+        share = _share(top, total, sinks, h)
         for d in range(Dh):
-            out[t, h, d] /= total
+            out[t, h, d] *= share
 
 
-def attention_portable(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ARG001
+def attention_portable(q, keys, values, cells, adjoining, begin, end, scale, out, scratch, sinks=NO_SINKS) -> None:  # noqa: ARG001
     """The portable kernel, unchecked; arguments as of `attention_kernel`."""
-    _portable(q, keys, values, cells, begin, end, np.float32(scale), out, scratch)
+    _portable(q, keys, values, cells, begin, end, np.float32(scale), sinks, out, scratch)
 
 
 def attention(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, cells: np.ndarray, begin: np.ndarray, end: np.ndarray, scale: float
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    cells: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    scale: float,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Attention of q f32 [T, H, Dh] over keys and values f32 [G, C, Dh]; a new f32 [T, H, Dh].
+    """Attention of q f32 [T, H, Dh] over keys and values f32 or BF16 [G, C, Dh]; a new f32 [T, H, Dh].
 
-    Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]). Raises ToyllmError on other arrays, on cells outside
+    Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]); sinks f32 [H] or none. Raises ToyllmError on other arrays, on cells outside
     the cache, and on a query that sees nothing.
     """
     T, H, Dh = check_array("q", q, (None, None, None))
-    G, C, _ = check_array("keys", keys, (None, None, Dh))
-    check_array("values", values, (G, C, Dh))
+    G, C, _ = check_array("keys", keys, (None, None, Dh), (F32, BF16))
+    check_array("values", values, (G, C, Dh), (keys.dtype,))
+    sinks = NO_SINKS if sinks is None else sinks
+    check_array("sinks", sinks, (H if sinks.size else 0,))
     check_array("cells", cells, (None,), (np.dtype(np.int32),))
     check_array("begin", begin, (T,), (np.dtype(np.int64),))
     check_array("end", end, (T,), (np.dtype(np.int64),))
@@ -199,5 +228,5 @@ def attention(
     out = np.empty((T, H, Dh), np.float32)
     if out.size:
         adjoining = bool((np.diff(cells) == 1).all())
-        attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, thread_scratch(SCRATCH))
+        attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, thread_scratch(SCRATCH), sinks)
     return out

@@ -30,8 +30,8 @@ def _reference_matmul(x, w, bias, out, panels) -> None:  # noqa: ARG001
     matmul.matmul_reference(x, w, bias, out)
 
 
-def _reference_attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch) -> None:  # noqa: ARG001
-    attention.attention_reference(q, keys, values, cells, begin, end, scale, out)
+def _reference_attention(q, keys, values, cells, adjoining, begin, end, scale, out, scratch, sinks=attention.NO_SINKS) -> None:  # noqa: ARG001
+    attention.attention_reference(q, keys, values, cells, begin, end, scale, out, sinks)
 
 
 TILES = (matmul.matmul_kernel, norm.layer_norm_kernel, activation.gelu_kernel, activation.gelu_new_kernel, attention.attention_kernel)

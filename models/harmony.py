@@ -87,9 +87,8 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, completion: bool =
     """Turn a conversation into ids; with `completion` the model's answer is to follow.
 
     A final message ends its turn once anything follows it. What was on `analysis` up to there is left out, unless `keep_analysis`;
-    a turn that still calls tools keeps its reasoning. (The library at 0.0.8 keeps that of all turns but the first; its document, and the
-    template that is published with the models, do not.) Raises ToyllmError for a message that the format cannot hold, and where the
-    tokenizer lacks harmony's tokens.
+    a turn that still calls tools keeps its reasoning. This is the format's document; the library beside it drops only what precedes the
+    first final message. Raises ToyllmError for a message that the format cannot hold, and where the tokenizer lacks harmony's tokens.
     """
     ids = special_ids(tokenizer)
     functions = any(isinstance(m.content, DeveloperContent) and m.content.functions for m in messages)

@@ -23,6 +23,7 @@ from .jit import inline, kernel
 BUCKETS = 1024  # f32 weights in [0, 1] by their upper 12 bits: sign 0, exponent, 3 bits of the fraction
 SHIFT = np.uint32(20)
 NOTHING = np.int64(-1)
+MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # an inverse temperature, so that no weight is 0 · ∞
 
 
 def sample_reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
@@ -73,7 +74,7 @@ def _cut(weights, counts, keys, limit, target):
 @kernel(strict=True)
 def _sample(logits, top, temperature, top_k, top_p, min_p, u, weights, counts, keys):
     V = logits.shape[0]
-    inverse = np.float32(1.0 / temperature)
+    inverse = np.float32(min(max(1.0 / temperature, LEAST), MOST))
     for i in range(V):
         weights[i] = exp((logits[i] - top) * inverse)
     if 0 < top_k < V:

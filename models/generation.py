@@ -37,27 +37,28 @@ class Settings:
     logprobs: int | None = None  # how many alternatives to report beside each token's own; None reports nothing
 
 
-BOUNDS = {  # setting -> (what is allowed, in words; the test)
+BOUNDS = {  # setting -> (what is allowed, in words; the test); penalties within 1e9 keep f32 logits finite
     "max_tokens": ("0 or more", lambda v: v >= 0),
     "temperature": ("a finite number from 0", lambda v: 0 <= v < math.inf),
-    "top_k": ("0 (off) or more", lambda v: v >= 0),
+    "top_k": ("0 (off) to 2^31 - 1", lambda v: 0 <= v < 2**31),
     "top_p": ("0 to 1", lambda v: 0 <= v <= 1),
     "min_p": ("0 to 1", lambda v: 0 <= v <= 1),
-    "repetition_penalty": ("a finite number above 0", lambda v: 0 < v < math.inf),
-    "presence_penalty": ("a finite number", math.isfinite),
-    "frequency_penalty": ("a finite number", math.isfinite),
+    "repetition_penalty": ("1e-9 to 1e9, 1 is off", lambda v: 1e-9 <= v <= 1e9),
+    "presence_penalty": ("-1e9 to 1e9", lambda v: abs(v) <= 1e9),
+    "frequency_penalty": ("-1e9 to 1e9", lambda v: abs(v) <= 1e9),
     "seed": ("0 to 2^63 - 1", lambda v: 0 <= v < 2**63),
-    "stop": ("texts that are not empty", all),
+    "stop": ("texts of at least one character", all),
     "logprobs": ("0 or more", lambda v: v >= 0),
 }
 
 
-def check_bounds(settings: Mapping[str, Any]) -> None:
-    """Raise ToyllmError for a setting out of its bounds; None is not given."""
+def check_bounds(settings: Mapping[str, Any], where: str | None = None) -> None:
+    """Raise ToyllmError for a setting out of its bounds; None is not given. `where` names the file they come from, if any."""
     for name, (expected, holds) in BOUNDS.items():
         value = settings.get(name)
         if value is not None and not holds(value):
-            raise ToyllmError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+            setting = f"{where}: {name}" if where else f"--{name.replace('_', '-')}"
+            raise ToyllmError(f"{setting}: expected {expected}, found {list(value) if name == 'stop' else value}")
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -70,6 +71,7 @@ def settings_for(defaults: GenerationDefaults, config: Any, given: dict[str, Any
     """Our defaults, overridden by the model's generation_config.json, overridden by what is given (None: not given).
 
     `do_sample: false` means temperature 0; ids of end-of-text come from generation_config.json, else from config.json.
+    Raises ToyllmError for one out of its bounds, unless it is overridden.
     """
     names = {f.name for f in fields(Settings)}
     theirs = {name: value for name, value in vars(defaults).items() if name in names and value is not None}
@@ -78,7 +80,9 @@ def settings_for(defaults: GenerationDefaults, config: Any, given: dict[str, Any
     if defaults.max_new_tokens is not None:
         theirs["max_tokens"] = defaults.max_new_tokens
     theirs["eos"] = config.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
-    return check_settings(Settings(**theirs | {name: value for name, value in given.items() if value is not None}))
+    ours = {name: value for name, value in given.items() if value is not None}
+    check_bounds({name: value for name, value in theirs.items() if name not in ours}, "generation_config.json")
+    return check_settings(Settings(**theirs | ours))
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Result:
     completion_tokens: int  # an ending end-of-text included
     prefill_s: float  # the prompt's passes
     decode_s: float  # from the first token to the end
-    kernels_s: float  # loading or compiling kernels, which the other two leave out
+    kernels_s: float  # loading or compiling kernels before the first token; the other two leave out all of it
 
 
 @dataclass(frozen=True)
@@ -136,18 +140,24 @@ def clock() -> float:
 def generate(model: "Model", prompt: Sequence[int], settings: Settings, context: int | None = None) -> Iterator[Event]:
     """Continue the ids of a prompt token by token; the last event carries the result.
 
-    Prompt and continuation together never exceed `context` (default: the model's). Raises ToyllmError for a prompt longer than that,
-    and for logits from which no token can be drawn.
+    Prompt and continuation together never exceed `context` (default: the model's). Raises ToyllmError for a prompt longer than that and
+    for settings that do not fit, before anything runs; and, while running, for logits from which no token can be drawn.
     """
     settings = check_settings(settings)
     room: int = model.config.context if context is None else context
     if len(prompt) > room:
         raise ToyllmError(f"the prompt has {len(prompt)} tokens and the context {room}: shorten the prompt, or raise --context")
+    return steps(model, prompt, settings, room, Writer(model, settings.stop))
+
+
+def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, writer: "Writer") -> Iterator[Event]:
+    """The loop of `generate`, whose checks have passed."""
     start, kernels = clock(), preparing_seconds()
     cache = model.new_cache(room)
     logits = model.forward(prompt, np.arange(len(prompt)), np.zeros(len(prompt), np.int64), cache)
     prefilled = first = clock()
-    sampler, writer = Sampler(settings, prompt, model.vocab_size), Writer(model, settings.stop)
+    prepared = preparing_seconds()
+    sampler = Sampler(settings, prompt, model.vocab_size)
     used, last = len(prompt), min(len(prompt) + settings.max_tokens, room)
     token, stopped = prompt[-1], False
     while used < last and not stopped:
@@ -156,23 +166,24 @@ def generate(model: "Model", prompt: Sequence[int], settings: Settings, context:
         drawn = draw(logits[0], sampler, settings)
         token, used = drawn.id, used + 1
         if used == len(prompt) + 1:
-            first = clock()
+            first, prepared = clock(), preparing_seconds()
         text = "" if token in settings.eos else writer.push(token)
         stopped = token in settings.eos or writer.stopped
         yield Event(drawn, text)
+    tail = writer.finish()
+    stopped = stopped or writer.stopped
     reason = "stop" if stopped else "length" if used == len(prompt) + settings.max_tokens else "context"
-    seconds = (prefilled - start, clock() - first, preparing_seconds() - kernels)
-    yield Event(None, writer.finish(), Result(reason, len(prompt), used - len(prompt), *seconds))
+    seconds = (prefilled - start, clock() - first, prepared - kernels)
+    yield Event(None, tail, Result(reason, len(prompt), used - len(prompt), *seconds))
 
 
 def draw(logits: np.ndarray, sampler: Sampler, settings: Settings) -> Token:
-    """The next token from logits f32 [V], which are overwritten; log-probabilities are those of the logits as they came."""
-    if settings.logprobs is None:
-        return Token(sampler.next(logits))
-    raw = logits.copy()
-    total, top = logprobs(raw, settings.logprobs)
+    """The next token from logits f32 [V]; log-probabilities are those of the logits as they came, before any penalty."""
     chosen = sampler.next(logits)
-    return Token(chosen, float(raw[chosen]) - total, top)
+    if settings.logprobs is None:
+        return Token(chosen)
+    total, top = logprobs(logits, settings.logprobs)
+    return Token(chosen, float(logits[chosen]) - total, top)
 
 
 class Writer:
@@ -200,10 +211,11 @@ class Writer:
 
     def _release(self, text: str) -> str:
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        # The stop that is complete first, whatever tokens the text came in; of two that end together the longer one.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            released, self._held = self._held[: min(found)], ""
+            released, self._held = self._held[: min(found)[1]], ""
             return released
         keep = max((longest_overlap(self._held, stop) for stop in self._stops), default=0)
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -1,6 +1,7 @@
 """A loaded model: its family's functions with the weights, buffers and kernels they run on."""
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,8 @@ class Model:
     kernels: "Backend"
     threads: int
     prefill_chunk: int = PREFILL_CHUNK
+    cache_dtype: str = "f32"
+    poison_cache: bool = False
     _buffers: Any = field(default=None, repr=False)
 
     @cached_property
@@ -65,11 +68,14 @@ class Model:
             return wanted or most
         weights = sum(path.stat().st_size for path in self.checkpoint.shards)
         room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
-        each = self.family.cache_bytes(self.config, 1)
-        fits = max(1, room // each)
-        if (wanted or most) <= fits:
+
+        def needs(context: int) -> int:
+            return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype)
+
+        if needs(wanted or most) <= room:
             return wanted or most
-        figures = f"the KV cache takes {each * (wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
+        fits = max(1, bisect_right(range(most + 1), room, key=needs) - 1)
+        figures = f"the KV cache takes {needs(wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
         if wanted is not None:
             raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
         log.info("context reduced from %d to %d: %s", most, fits, figures)
@@ -77,7 +83,8 @@ class Model:
 
     def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
         """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
-        return self.family.make_cache(self.config, sequences, self.config.context if context is None else context)
+        room = self.config.context if context is None else context
+        return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
 
     def forward(
         self,
@@ -151,7 +158,7 @@ def load(name: str, backend: str = "auto", threads: int | None = None, prefill_c
     physical cores), `prefill_chunk` the most tokens a pass. Raises ToyllmError for what cannot be found, read or run.
     """
     if prefill_chunk < 1:
-        raise ToyllmError(f"prefill_chunk: expected at least 1, found {prefill_chunk}")
+        raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected 1 or more")
     files = find_model(name)
     family, config = load_config(files)
     checkpoint = open_checkpoint(files)

@@ -18,23 +18,24 @@ class Sampler:
     def __init__(self, settings: "Settings", context: Sequence[int], vocab_size: int) -> None:
         self._settings = settings
         self._random = np.random.Generator(np.random.PCG64(settings.seed))
+        # floats throughout: an int among them would be another kernel to compile
+        self._limits = float(settings.temperature), settings.top_k, float(settings.top_p), float(settings.min_p)
         self._scratch = sample_scratch(vocab_size) if settings.temperature else None
+        self._counts = np.bincount(context, minlength=vocab_size).astype(np.float32)
         penalised = settings.repetition_penalty != 1 or settings.presence_penalty or settings.frequency_penalty
-        self._counts = np.bincount(context, minlength=vocab_size).astype(np.float32) if penalised else None
+        self._penalised = np.empty(vocab_size, np.float32) if penalised else None
 
     def next(self, logits: np.ndarray) -> int:
-        """The next token from logits f32 [V], which the penalties change in place. Raises ToyllmError where none can be drawn."""
+        """The next token from logits f32 [V], which stay as they are. Raises ToyllmError where none can be drawn."""
         s = self._settings
-        if self._counts is not None:
+        if self._penalised is not None:
+            np.copyto(self._penalised, logits)
+            logits = self._penalised
             penalise(logits, self._counts, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         if not np.isfinite(logits.max()):
             raise ToyllmError("the logits hold NaN or infinity, so no token can be drawn; are the weights damaged?")
-        if s.temperature:
-            token = sample_kernel(logits, s.temperature, s.top_k, s.top_p, s.min_p, self._random.random(), self._scratch)
-        else:
-            token = int(logits.argmax())
-        if self._counts is not None:
-            self._counts[token] += 1
+        token = sample_kernel(logits, *self._limits, self._random.random(), self._scratch) if s.temperature else int(logits.argmax())
+        self._counts[token] += 1
         return token
 
 

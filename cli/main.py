@@ -55,7 +55,7 @@ for command in (generate, tokenize, detokenize, models, pull):
 
 def main() -> None:
     """Run one command; every failure is one line on stderr and an exit code."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]) if output.open_streams() else FAILED)
 
 
 def run(arguments: list[str]) -> int:
@@ -70,17 +70,29 @@ def run(arguments: list[str]) -> int:
             output.say(error.format_message())
             return USAGE
         path = context.command_path if context else "toyllm"
-        return fail(error.format_message().rstrip(".") + f". See: {path} --help", USAGE)
+        return fail(error.format_message().rstrip(".") + origin(error) + f". See: {path} --help", USAGE)
     except (KeyboardInterrupt, typer.Abort):
         output.say("")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has had enough (`| head`): nothing is left to say, nor to flush at exit
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):
+            raise
+        # Typer ends like this when the reader has had enough (`| head`): nothing is left to say, nor to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (ToyllmError, OSError) as error:
         if os.environ.get("TOYLLM_DEBUG"):
             raise
         return fail(str(error), FAILED)
+
+
+def origin(error: Any) -> str:
+    """Where a wrong value was given, if not on the command line: its environment variable."""
+    context, parameter = error.ctx, getattr(error, "param", None)
+    if context is None or parameter is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    return f" (from {parameter.envvar})" if source and source.name == "ENVIRONMENT" else ""
 
 
 def fail(message: str, code: int) -> int:

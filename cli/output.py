@@ -10,6 +10,22 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 
+def open_streams() -> bool:
+    """Make the standard streams UTF-8, whatever the locale; True unless there is no stdout to write to, which is said.
+
+    A stream that the caller closed is None in Python: stdin and stderr then lead nowhere.
+    """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: PTH123, SIM115 - for as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    streams: Any = ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace"))
+    for stream, errors in streams:
+        if stream is not None:
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    if sys.stdout is None:
+        say("error: stdout is closed, so there is nowhere to write to; redirect it to a file or to /dev/null")
+    return sys.stdout is not None
+
+
 def write(text: str) -> None:
     """Data, as it is, to stdout, at once."""
     sys.stdout.write(text)

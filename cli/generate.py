@@ -1,6 +1,7 @@
 """`toyllm generate`: continue a prompt, as a stream of text or one JSON document."""
 
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
     from ..models.generation import Event, Result, Settings, Token
     from ..models.model import Model as LoadedModel
+
+
+def whole_text(context: typer.Context, parameter: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+    """The stop text in TOYLLM_STOP is one, spaces included, where Typer would make each word one."""
+    variable = os.environ.get(str(parameter.envvar))
+    given = context.get_parameter_source(str(parameter.name))
+    return [variable] if variable and given and given.name == "ENVIRONMENT" else value
 
 
 def generate(
@@ -48,7 +56,8 @@ def generate(
     ] = None,
     seed: Annotated[int | None, option("The seed of the draws.", "--seed", show_default="drawn, and said")] = None,
     stop: Annotated[
-        list[str] | None, option("End before this text; may be given several times.", "--stop", metavar="TEXT", show_default=False)
+        list[str] | None,
+        option("End before this text; may be given several times.", "--stop", metavar="TEXT", show_default=False, callback=whole_text),
     ] = None,
     logprobs: Annotated[
         int | None, option("Report each token's log-probability, and the N likeliest.", "--logprobs", metavar="N", show_default=False)
@@ -84,9 +93,10 @@ def generate(
     ids = encode_prompt(loaded, text_or_ids, special=not no_special)
     room = loaded.context_for(context_size)
     loaded_at = time.perf_counter()
+    events = continue_prompt(loaded, ids, settings, room)
     if not json:
         announce(loaded, ids, settings)
-    run = consume(continue_prompt(loaded, ids, settings, room), show=not json)
+    run = consume(events, show=not json)
     timings = times(run, began, loaded_at)
     if json:
         document = {
@@ -128,7 +138,7 @@ class Run:
 
 
 def consume(events: "Iterable[Event]", show: bool) -> Run:
-    """Follow a generation to its end, showing the text as it becomes certain. An interrupted line is ended before the shell's prompt."""
+    """Follow a generation to its end, showing the text as it becomes certain. A line cut short by an error or Ctrl-C is ended too."""
     tokens, text, first_at, result = [], [], None, None
     clean = output.printable if sys.stdout.isatty() else str
     try:
@@ -141,7 +151,7 @@ def consume(events: "Iterable[Event]", show: bool) -> Run:
             if show and event.text:
                 output.write(clean(event.text))
     finally:
-        if show:
+        if show and (result or any(text) or sys.stdout.isatty()):  # on a terminal the prompt stands on the line already
             output.write("\n")
     if result is None:
         raise RuntimeError("a generation ended without its result")

@@ -1,7 +1,6 @@
 """A loaded model: its family's functions with the weights, buffers and kernels they run on."""
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,8 +40,6 @@ class Model:
     kernels: "Backend"
     threads: int
     prefill_chunk: int = PREFILL_CHUNK
-    cache_dtype: str = "f32"
-    poison_cache: bool = False
     _buffers: Any = field(default=None, repr=False)
 
     @cached_property
@@ -68,14 +65,11 @@ class Model:
             return wanted or most
         weights = sum(path.stat().st_size for path in self.checkpoint.shards)
         room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
-
-        def needs(context: int) -> int:
-            return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype)
-
-        if needs(wanted or most) <= room:
+        each = self.family.cache_bytes(self.config, 1)
+        fits = max(1, room // each)
+        if (wanted or most) <= fits:
             return wanted or most
-        fits = max(1, bisect_right(range(most + 1), room, key=needs) - 1)
-        figures = f"the KV cache takes {needs(wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
+        figures = f"the KV cache takes {each * (wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
         if wanted is not None:
             raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
         log.info("context reduced from %d to %d: %s", most, fits, figures)
@@ -83,8 +77,7 @@ class Model:
 
     def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
         """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
-        room = self.config.context if context is None else context
-        return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
+        return self.family.make_cache(self.config, sequences, self.config.context if context is None else context)
 
     def forward(
         self,

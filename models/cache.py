@@ -78,6 +78,6 @@ class CausalCache:
     def put(self, key: np.ndarray, value: np.ndarray) -> None:
         """Store this batch's keys and values of the layer, f32 [T, G, Dh] each."""
         cells = self._new
-        where = slice(cells[0], cells[-1] + 1) if cells[-1] - cells[0] == len(cells) - 1 else cells
+        where = slice(cells[0], cells[-1] + 1) if (np.diff(cells) == 1).all() else cells
         self.keys[:, where] = key.swapaxes(0, 1)
         self.values[:, where] = value.swapaxes(0, 1)

@@ -208,14 +208,16 @@ def attention(
 ) -> np.ndarray:
     """Attention of q f32 [T, H, Dh] over keys and values f32 or BF16 [G, C, Dh]; a new f32 [T, H, Dh].
 
-    Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]); sinks f32 [H] or none. Raises ToyllmError on other arrays, on cells outside
-    the cache, and on a query that sees nothing.
+    Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]); sinks f32 [H] or none. Raises ToyllmError on other
+    arrays, on cells outside the cache, and on a query that sees nothing.
     """
     T, H, Dh = check_array("q", q, (None, None, None))
     G, C, _ = check_array("keys", keys, (None, None, Dh), (F32, BF16))
     check_array("values", values, (G, C, Dh), (keys.dtype,))
-    sinks = NO_SINKS if sinks is None else sinks
-    check_array("sinks", sinks, (H if sinks.size else 0,))
+    if sinks is None:
+        sinks = NO_SINKS
+    else:
+        check_array("sinks", sinks, (H,))
     check_array("cells", cells, (None,), (np.dtype(np.int32),))
     check_array("begin", begin, (T,), (np.dtype(np.int64),))
     check_array("end", end, (T,), (np.dtype(np.int64),))

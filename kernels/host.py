@@ -2,7 +2,9 @@
 
 import platform
 from functools import cache
+from typing import Any
 
+import numba
 from llvmlite import binding
 
 from .errors import ToyllmError
@@ -13,8 +15,11 @@ NEEDS = {"avx512": ("avx512f", "avx512bw", "avx512vl"), "avx2": ("avx2", "fma", 
 
 @cache
 def features() -> dict[str, bool]:
-    """LLVM's names of instruction sets -> whether this processor and system have them."""
-    return dict(binding.get_host_cpu_features())
+    """LLVM's names of instruction sets -> whether kernels may use them: what the processor and system have, or NUMBA_CPU_FEATURES says."""
+    config: Any = numba.config
+    if config.CPU_FEATURES is None:
+        return dict(binding.get_host_cpu_features())
+    return {name[1:]: name[0] == "+" for name in config.CPU_FEATURES.split(",") if name}
 
 
 def supports(backend: str) -> bool:

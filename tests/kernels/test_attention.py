@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from toyllm.kernels.attention import BLOCK, SCRATCH, attention, attention_kernel, attention_portable, attention_reference
+from toyllm.kernels.attention import BLOCK, NO_SINKS, SCRATCH, attention, attention_kernel, attention_portable, attention_reference
+from toyllm.kernels.dtypes import to_bf16, widen
 from toyllm.kernels.threads import thread_scratch
 
 TOLERANCE = 1e-6  # reached: 5e-7; the design asks for 1e-5
@@ -22,22 +23,28 @@ class Case:
     begin: np.ndarray
     end: np.ndarray
     scale: float
+    sinks: np.ndarray | None = None
 
     def tiles(self) -> np.ndarray:
-        return attention(self.q, self.keys, self.values, self.cells, self.begin, self.end, self.scale)
+        return attention(self.q, self.keys, self.values, self.cells, self.begin, self.end, self.scale, self.sinks)
 
     def twin(self) -> np.ndarray:
         out = np.full_like(self.q, np.nan)
         scratch = np.full_like(thread_scratch(SCRATCH), np.nan)
-        attention_portable(self.q, self.keys, self.values, self.cells, True, self.begin, self.end, self.scale, out, scratch)
+        sinks = NO_SINKS if self.sinks is None else self.sinks
+        attention_portable(self.q, self.keys, self.values, self.cells, True, self.begin, self.end, self.scale, out, scratch, sinks)
         return out
 
     def reference(self) -> np.ndarray:
-        q, keys, values = (a.astype(np.float64) for a in (self.q, self.keys, self.values))
-        out = np.empty_like(q)
+        q, keys, values = (widen(a).astype(np.float64) for a in (self.q, self.keys, self.values))
+        out, sinks = np.empty_like(q), NO_SINKS if self.sinks is None else self.sinks.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            attention_reference(q, keys, values, self.cells, self.begin, self.end, self.scale, out)
+            attention_reference(q, keys, values, self.cells, self.begin, self.end, self.scale, out, sinks)
         return out
+
+    def in_bf16(self) -> "Case":
+        """Keys and values rounded to bf16, as a cache may hold them."""
+        return replace(self, keys=to_bf16(self.keys), values=to_bf16(self.values))
 
     def queries(self, first: int, last: int) -> "Case":
         """These queries alone."""
@@ -85,18 +92,20 @@ SHAPES = [  # T, S, H, G
 
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("Dh", [1, 2, 7, 15, 16, 17, 33, 64, 65, 80, 128])
-def test_equals_the_reference_on_every_shape(case, error, Dh):
+def test_equals_the_reference_on_every_shape(rng, case, error, Dh):
     for T, S, H, G in SHAPES:
         for window in (0, 1, 70):
-            c = case(T, S, H, G, Dh, window, unused=5)
-            assert error(c.tiles(), c.reference()) < TOLERANCE, (T, S, H, G, window)
+            plain = case(T, S, H, G, Dh, window, unused=5)
+            for c in (plain, plain.in_bf16(), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
+                assert error(c.tiles(), c.reference()) < TOLERANCE, (T, S, H, G, window)
 
 
 @pytest.mark.parametrize(("T", "S", "H", "G", "Dh"), [(1, 1, 1, 1, 1), (1, 70, 2, 1, 3), (3, 5, 4, 2, 7), (2, 66, 1, 1, 2)])
-def test_portable_twin_equals_the_reference(case, error, T, S, H, G, Dh):
+def test_portable_twin_equals_the_reference(rng, case, error, T, S, H, G, Dh):
     for window in (0, 2):
-        c = case(T, S, H, G, Dh, window)
-        assert error(c.twin(), c.reference()) < TOLERANCE
+        plain = case(T, S, H, G, Dh, window)
+        for c in (plain, plain.in_bf16(), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
+            assert error(c.twin(), c.reference()) < TOLERANCE
 
 
 @pytest.mark.needs_jit
@@ -119,8 +128,9 @@ def test_queries_of_several_sequences_share_a_pass(rng, case, error):
 @pytest.mark.parametrize("Dh", [7, 64, 80])
 def test_cells_in_any_order_give_the_same_bits(rng, case, Dh):
     for T in (1, 20):
-        c = case(T, 150, 4, 2, Dh, window=100)
-        assert np.array_equal(c.permuted(rng).tiles(), c.tiles())
+        plain = case(T, 150, 4, 2, Dh, window=100)
+        for c in (plain, plain.in_bf16()):
+            assert np.array_equal(c.permuted(rng).tiles(), c.tiles())
 
 
 @pytest.mark.needs_jit
@@ -176,6 +186,30 @@ def test_big_scores_neither_overflow_nor_vanish(case, error, run, size):
     q[:, 0, 1:] = 0
     c = replace(c, q=q, keys=keys, scale=1.0)
     assert error(run(c), c.reference()) < TOLERANCE
+
+
+@either
+def test_a_sink_takes_its_share_and_gives_nothing(case, run):
+    c = case(1, 3, 2, 1, 5)
+    c = replace(c, q=np.zeros_like(c.q), sinks=np.log(np.float32([3, 1])))  # three keys of weight 1, beside a sink of 3, of 1
+    mean = c.values[0].mean(0)
+    np.testing.assert_allclose(run(c)[0], [mean / 2, mean * 3 / 4], rtol=1e-5)
+
+
+@either
+@pytest.mark.parametrize(("sink", "share"), [(-np.inf, 1), (-1e4, 1), (1e4, 0)])
+def test_a_sink_far_from_the_scores_takes_nothing_or_everything(case, run, sink, share):
+    c = case(2, 70, 2, 1, 5)
+    found = run(replace(c, sinks=np.full(2, sink, np.float32)))
+    np.testing.assert_allclose(found, share * run(c), rtol=1e-6)
+
+
+@either
+def test_beside_a_sink_nothing_but_minus_infinity_weighs_nothing(case, run):
+    c = case(2, 70, 1, 1, 3)
+    keys = c.keys.copy()
+    keys[0, :, 1] = -np.inf
+    assert not run(replace(c, q=np.abs(c.q), keys=keys, sinks=np.float32([0.5]))).any()
 
 
 @either

@@ -1,0 +1,95 @@
+"""The register tiles compute their own addresses, which no bounds checker sees: they run on arrays that end at forbidden pages.
+
+Every array they are given begins right behind, or ends right before, a page that may not be touched; a load or store outside it
+ends the process, which is why this file runs as one of its own. Prefetches may go anywhere.
+"""
+
+import ctypes
+import mmap
+import signal
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+
+PAGE, NO_ACCESS = mmap.PAGESIZE, 0
+SIZES = (1, 2, 3, 15, 16, 17, 31, 63, 65, 127, 129, 257)
+ROWS = (1, 2, 5, 6, 7, 13)
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(shape: tuple[int, ...], dtype: np.dtype, at_end: bool) -> np.ndarray:
+    """An array of zeros between two pages without access, which touches the one behind it or the one before it."""
+    count, dtype = int(np.prod(shape)), np.dtype(dtype)
+    inner = -(-count * dtype.itemsize // PAGE) * PAGE
+    pages = mmap.mmap(-1, inner + 2 * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    for page in (start, start + PAGE + inner):
+        if LIBC.mprotect(ctypes.c_void_p(page), PAGE, NO_ACCESS):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + (inner - count * dtype.itemsize if at_end else 0)
+    return np.frombuffer(pages, dtype, count, offset).reshape(shape)
+
+
+def products(at_end: bool) -> None:
+    """Matmul in both orders and all formats."""
+    from toyllm.kernels.dtypes import BF16, F16, F32
+    from toyllm.kernels.matmul import NO_BIAS, matmul_kernel, panels_for
+    from toyllm.kernels.threads import max_threads
+
+    for K, N, dtype in product(SIZES, SIZES, (F32, F16, BF16)):
+        by_input, by_output = guarded((K, N), dtype, at_end), guarded((N, K), dtype, at_end).T
+        bias = guarded((N,), F32, at_end) if N % 2 else NO_BIAS
+        panels = guarded((max_threads(), panels_for(K)), F32, at_end)
+        for w in (by_input, by_output):
+            w.flags.writeable = False
+            for M in ROWS if K + N < 150 else (1, 7):
+                matmul_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
+
+
+def attentions(at_end: bool) -> None:
+    """Attention over a few keys and many, in neighbouring cells and others, in f32 and bf16."""
+    from toyllm.kernels.attention import SCRATCH, attention_kernel
+    from toyllm.kernels.dtypes import BF16, F32
+    from toyllm.kernels.threads import max_threads
+
+    scratch = guarded((max_threads(), SCRATCH), F32, at_end)
+    for Dh, S, T, dtype in product((1, 7, 16, 33, 64, 80), (1, 3, 17, 63, 65, 130), (1, 5, 17), (F32, BF16)):
+        G, H = 2, 4
+        q, out = guarded((T, H, Dh), F32, at_end), guarded((T, H, Dh), F32, at_end)
+        keys, values = guarded((G, S, Dh), dtype, at_end), guarded((G, S, Dh), dtype, at_end)
+        cells, begin, end = guarded((S,), np.int32, at_end), guarded((T,), np.int64, at_end), guarded((T,), np.int64, at_end)
+        begin[:], end[:] = np.arange(T) % S, S
+        for adjoining in (True, False):
+            cells[:] = np.arange(S) if adjoining else np.arange(S)[::-1]
+            attention_kernel(q, keys, values, cells, adjoining, begin, end, 1.0, out, scratch)
+
+
+def beyond(at_end: bool) -> None:
+    """What the others must not do: one element outside."""
+    a = guarded((5,), np.float32, at_end)
+    ctypes.c_float.from_address(a.ctypes.data + (20 if at_end else -4)).value  # noqa: B018 - the read is the point
+
+
+def run(what: str, at_end: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "faulthandler", __file__, what, at_end]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("what", ["products", "attentions"])
+def test_nothing_outside_an_array_is_touched(what):
+    for at_end in ("", "end"):
+        done = run(what, at_end)
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_element_outside_would_be_noticed():
+    for at_end in ("", "end"):
+        assert run("beyond", at_end).returncode == -signal.SIGSEGV
+
+
+if __name__ == "__main__":
+    {"products": products, "attentions": attentions, "beyond": beyond}[sys.argv[1]](bool(sys.argv[2]))

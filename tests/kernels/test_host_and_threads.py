@@ -1,0 +1,115 @@
+"""What the processor can do, how many threads there are, and the table of backends that follows from it."""
+
+import numba
+import numpy as np
+import pytest
+
+from toyllm.kernels import backends, host
+from toyllm.kernels.errors import ToyllmError
+from toyllm.kernels.matmul import NO_BIAS
+from toyllm.kernels.threads import max_threads, physical_cores, set_threads, thread_scratch, threading_layer
+
+
+@pytest.fixture
+def restored():
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch):
+    """A processor with these features and no others."""
+    return lambda *names: monkeypatch.setattr(host, "features", lambda: dict.fromkeys(names, True))
+
+
+def test_threads_can_be_set_from_one_to_the_most(restored):
+    for count in (1, max_threads()):
+        assert set_threads(count) == count == numba.get_num_threads()
+
+
+def test_the_default_is_the_physical_cores(restored):
+    assert physical_cores() >= 1
+    assert set_threads() == min(physical_cores(), max_threads())
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**6])
+def test_other_numbers_of_threads_are_refused(restored, count):
+    before = numba.get_num_threads()
+    with pytest.raises(ToyllmError, match=f"--threads {count}: expected 1 to {max_threads()}"):
+        set_threads(count)
+    assert numba.get_num_threads() == before
+
+
+def test_every_thread_has_scratch_of_its_own():
+    scratch = thread_scratch(5)
+    assert scratch.shape == (max_threads(), 5)
+    assert scratch.dtype == np.float32
+
+
+@pytest.mark.needs_jit
+def test_a_threading_layer_that_is_quick_to_wake_is_found():
+    assert threading_layer() in ("tbb", "omp")
+
+
+@pytest.mark.parametrize(
+    ("features", "best"),
+    [
+        (("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "f16c"), "avx512"),
+        (("avx512f", "avx2", "fma", "f16c"), "avx2"),
+        (("avx2", "fma"), "portable"),
+        ((), "portable"),
+    ],
+)
+def test_the_best_backend_is_the_widest_this_processor_runs(processor, features, best):
+    processor(*features)
+    assert host.best_backend() == best
+    assert host.choose_backend("auto") == best
+    assert host.choose_backend("portable") == "portable"
+    assert host.choose_backend("numpy") == "numpy"
+
+
+def test_a_backend_beyond_the_processor_is_refused_with_what_it_lacks(processor):
+    processor("avx2", "fma", "f16c")
+    with pytest.raises(ToyllmError, match="--backend avx512: this processor lacks avx512f, avx512bw, avx512vl; --backend auto takes avx2"):
+        backends.backend("avx512")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ToyllmError, match="--backend sse: expected auto or one of avx512, avx2, portable, numpy"):
+        backends.backend("sse")
+
+
+def test_the_processor_has_a_name():
+    assert host.processor()
+
+
+@pytest.mark.parametrize("name", host.BACKENDS)
+def test_every_backend_takes_the_same_arguments_and_agrees(rng, stored, error, name):
+    if not host.supports(name):
+        pytest.skip("this processor cannot run it")
+    if numba.config.DISABLE_JIT and name not in ("portable", "numpy"):
+        pytest.skip("the compiler is off")
+    kernels, plain = backends.backend(name), backends.backend("numpy")
+    assert kernels.name == name
+    x, w = rng.standard_normal((3, 16), np.float32), stored(rng.standard_normal((16, 5)), "f32")
+    weight, bias = rng.standard_normal((2, 16), np.float32)
+
+    def products(b: backends.Backend) -> np.ndarray:
+        out = np.empty((3, 5), np.float32)
+        b.matmul(x, w, NO_BIAS, out, thread_scratch(4096))
+        return out
+
+    def norms(b: backends.Backend) -> np.ndarray:
+        out = np.empty_like(x)
+        b.layer_norm(x, weight, bias, 1e-5, out)
+        return out
+
+    def activations(b: backends.Backend) -> np.ndarray:
+        out = np.stack([x, x])
+        b.gelu(out[0])
+        b.gelu_new(out[1])
+        return out
+
+    for run in (products, norms, activations):
+        assert error(run(kernels), run(plain)) < 1e-6

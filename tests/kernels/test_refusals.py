@@ -1,0 +1,128 @@
+"""Every public kernel refuses what it cannot compute with, in one line that names the argument, before compiled code reads it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from toyllm.kernels.activation import gelu, gelu_new
+from toyllm.kernels.attention import attention
+from toyllm.kernels.dtypes import to_bf16
+from toyllm.kernels.errors import ToyllmError
+from toyllm.kernels.matmul import matmul
+from toyllm.kernels.norm import layer_norm, rms_norm
+from toyllm.kernels.sampling import largest, log_sum_exp, sample
+
+vector, matrix, cube = np.ones(4, np.float32), np.ones((3, 4), np.float32), np.ones((2, 3, 4), np.float32)
+weights = np.ones((4, 5), np.float32)
+weights.flags.writeable = False  # as from a memory map
+cells, begin, end = np.arange(3, dtype=np.int32), np.ones(2, np.int64), np.full(2, 3)
+
+# Arguments that hold, by name.
+CALLS: dict[Callable, dict[str, object]] = {
+    matmul: {"x": matrix, "w": weights, "bias": np.ones(5, np.float32)},
+    layer_norm: {"x": matrix, "weight": vector, "bias": vector},
+    rms_norm: {"x": matrix, "weight": vector},
+    gelu: {"x": vector},
+    gelu_new: {"x": vector},
+    attention: {"q": cube, "keys": cube[:1], "values": cube[:1], "cells": cells, "begin": begin, "end": end, "scale": 1.0},
+    sample: {"logits": vector, "temperature": 1.0, "top_k": 2, "top_p": 0.9, "min_p": 0.1, "u": 0.5},
+    log_sum_exp: {"logits": vector},
+    largest: {"logits": vector, "n": 2},
+}
+ARRAYS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, np.ndarray)]
+# What does not hold in their place, and what the error says.
+WRONG: list[tuple[Callable, dict[str, object], str]] = [
+    (matmul, {"x": np.ones((3, 5), np.float32)}, r"x: expected shape \[any, 4\], found \[3, 5\]"),
+    (matmul, {"w": np.ones((8, 10), np.float32)[::2, ::2]}, "w: expected a contiguous matrix or the transpose of one"),
+    (matmul, {"bias": vector}, r"bias: expected shape \[5\], found \[4\]"),
+    (matmul, {"bias": to_bf16(np.ones(5))}, "bias: expected f32, found bf16"),
+    (layer_norm, {"weight": np.ones(3, np.float32)}, r"weight: expected shape \[4\], found \[3\]"),
+    (layer_norm, {"bias": np.ones(5, np.float32)}, r"bias: expected shape \[4\], found \[5\]"),
+    (rms_norm, {"weight": np.ones(3, np.float32)}, r"weight: expected shape \[4\], found \[3\]"),
+    (gelu, {"x": matrix}, r"x: expected shape \[any\], found \[3, 4\]"),
+    (attention, {"keys": np.ones((1, 3, 5), np.float32)}, r"keys: expected shape \[any, any, 4\]"),
+    (attention, {"values": np.ones((1, 4, 4), np.float32)}, r"values: expected shape \[1, 3, 4\]"),
+    (
+        attention,
+        {"keys": np.ones((2, 3, 4), np.float32), "values": np.ones((2, 3, 4), np.float32)},
+        "3 heads and the cache 2: expected",
+    ),
+    (
+        attention,
+        {"keys": np.ones((0, 3, 4), np.float32), "values": np.ones((0, 3, 4), np.float32)},
+        "3 heads and the cache 0: expected",
+    ),
+    (attention, {"values": to_bf16(np.ones((1, 3, 4)))}, "values: expected f32, found bf16"),
+    (attention, {"cells": np.arange(3)}, "cells: expected int32, found int64"),
+    (attention, {"cells": np.int32([0, 1, 3])}, "cells: expected indices from 0 to 2, found 0 to 3"),
+    (attention, {"cells": np.int32([0, -1, 2])}, "cells: expected indices from 0 to 2, found -1 to 2"),
+    (attention, {"begin": np.int32([0, 0])}, "begin: expected int64, found int32"),
+    (attention, {"begin": np.int64([-1, 0])}, "expected 0 <= begin < end <= 3"),
+    (attention, {"begin": np.int64([0, 3])}, "expected 0 <= begin < end <= 3"),
+    (attention, {"end": np.int64([3, 4])}, "expected 0 <= begin < end <= 3"),
+    (attention, {"end": np.int64([3])}, r"end: expected shape \[2\], found \[1\]"),
+    (attention, {"sinks": np.ones(2, np.float32)}, r"sinks: expected shape \[3\], found \[2\]"),
+    (attention, {"sinks": np.ones(0, np.float32)}, r"sinks: expected shape \[3\], found \[0\]"),
+    (attention, {"sinks": [1.0, 2.0, 3.0]}, "sinks: expected a NumPy array, found list"),
+    (sample, {"temperature": 0}, "temperature 0,"),
+    (sample, {"temperature": -1.0}, "temperature -1.0,"),
+    (sample, {"temperature": np.nan}, "temperature nan,"),
+    (sample, {"top_k": -1}, "top_k -1,"),
+    (sample, {"top_p": 1.01}, "top_p 1.01,"),
+    (sample, {"top_p": np.nan}, "top_p nan,"),
+    (sample, {"min_p": -0.1}, "min_p -0.1,"),
+    (sample, {"u": 1.0}, "u 1.0:"),
+    (sample, {"logits": np.float32([1, np.nan])}, "logits: expected a largest one that is finite"),
+    (sample, {"logits": np.float32([1, np.inf])}, "logits: expected a largest one that is finite"),
+    (sample, {"logits": np.float32([-np.inf])}, "logits: expected a largest one that is finite"),
+    (sample, {"logits": np.empty(0, np.float32)}, "logits: expected a largest one that is finite"),
+    (log_sum_exp, {"logits": np.empty(0, np.float32)}, "logits: expected at least one"),
+]
+
+
+def refusal(call: Callable, changed: dict[str, object]) -> str:
+    with pytest.raises(ToyllmError) as refused:
+        call(**(CALLS[call] | changed))
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("call", "changed", "says"), WRONG, ids=lambda a: getattr(a, "__name__", None))
+def test_refuses(call, changed, says):
+    with pytest.raises(ToyllmError, match=says):
+        call(**(CALLS[call] | changed))
+
+
+@pytest.mark.parametrize(("call", "name"), ARRAYS, ids=lambda a: getattr(a, "__name__", a))
+class TestEveryArray:
+    def test_of_another_type(self, call, name):
+        array = CALLS[call][name]
+        for wrong in (array.tolist(), None if name != "bias" or call is not matmul else 3, "text", array.astype(object)):
+            assert refusal(call, {name: wrong}).startswith(f"{name}: expected ")
+
+    def test_of_another_dtype(self, call, name):
+        array = CALLS[call][name]
+        for dtype in (np.float64, np.int16, array.dtype.newbyteorder()):
+            assert refusal(call, {name: array.astype(dtype)}).startswith(f"{name}: expected ")
+
+    def test_of_another_number_of_axes(self, call, name):
+        array = CALLS[call][name]
+        for wrong in (array[None], np.array(1, array.dtype), array.reshape(-1) if array.ndim > 1 else array[:, None]):
+            assert refusal(call, {name: wrong}).startswith(f"{name}: expected shape ")
+
+    def test_that_is_not_contiguous(self, call, name):
+        array = CALLS[call][name]
+        apart = np.repeat(array, 2, axis=-1)[..., ::2]
+        message = refusal(call, {name: apart})
+        assert message.startswith(f"{name}: expected a ")
+        assert "contiguous" in message
+        assert f"pass np.ascontiguousarray({name})" in message
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("call", CALLS, ids=lambda a: a.__name__)
+def test_what_holds_is_computed(call):
+    """The arguments that the others are changed from are sound."""
+    assert np.isfinite(call(**CALLS[call])).all()

@@ -6,11 +6,12 @@ built and ids and positions at each step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from . import activation, attention, matmul, norm
+from . import activation, attention, matmul, moe, mxfp4, norm, rotary, routing
 from .host import choose_backend
 
 
@@ -24,6 +25,16 @@ class Backend:
     gelu: Callable[[np.ndarray], None]
     gelu_new: Callable[[np.ndarray], None]
     attention: Callable[..., None]
+    rms_norm: Callable[..., None]
+    rotate: Callable[..., None]
+    route: Callable[..., None]
+    matmul_mxfp4: Callable[..., None]
+    fused: bool  # whether a single token's experts are computed in one go
+    mixing: moe.Mixing = field(default_factory=moe.Mixing)
+
+    def mixture(self, *arguments: Any) -> None:
+        """`moe.mix` with this backend's products."""
+        moe.mix(self.mixing, self.matmul, self.matmul_mxfp4, self.fused, *arguments)
 
 
 def _reference_matmul(x, w, bias, out, panels) -> None:  # noqa: ARG001
@@ -34,16 +45,48 @@ def _reference_attention(q, keys, values, cells, adjoining, begin, end, scale, o
     attention.attention_reference(q, keys, values, cells, begin, end, scale, out, sinks)
 
 
-TILES = (matmul.matmul_kernel, norm.layer_norm_kernel, activation.gelu_kernel, activation.gelu_new_kernel, attention.attention_kernel)
-TABLE = {
-    "avx512": TILES,
-    "avx2": TILES,
-    "portable": (matmul.matmul_portable, *TILES[1:4], attention.attention_portable),
-    "numpy": (_reference_matmul, norm.layer_norm_reference, activation.gelu_reference, activation.gelu_new_reference, _reference_attention),
+def _reference_mxfp4(x, blocks, scales, bias, out, panels) -> None:  # noqa: ARG001
+    mxfp4.matmul_mxfp4_reference(x, blocks, scales, bias, out)
+
+
+def _reference_route(logits, experts, weights) -> None:
+    experts[...], weights[...] = routing.route_reference(logits, experts.shape[1])
+
+
+TILES = {
+    "matmul": matmul.matmul_kernel,
+    "layer_norm": norm.layer_norm_kernel,
+    "gelu": activation.gelu_kernel,
+    "gelu_new": activation.gelu_new_kernel,
+    "attention": attention.attention_kernel,
+    "rms_norm": norm.rms_norm_kernel,
+    "rotate": rotary.rotate_kernel,
+    "route": routing.route_kernel,
+    "matmul_mxfp4": mxfp4.matmul_mxfp4_kernel,
+    "fused": True,
 }
+PORTABLE = TILES | {
+    "matmul": matmul.matmul_portable,
+    "attention": attention.attention_portable,
+    "matmul_mxfp4": mxfp4.matmul_mxfp4_portable,
+    "fused": False,
+}
+NUMPY = {
+    "matmul": _reference_matmul,
+    "layer_norm": norm.layer_norm_reference,
+    "gelu": activation.gelu_reference,
+    "gelu_new": activation.gelu_new_reference,
+    "attention": _reference_attention,
+    "rms_norm": norm.rms_norm_reference,
+    "rotate": rotary.rotate_reference,
+    "route": _reference_route,
+    "matmul_mxfp4": _reference_mxfp4,
+    "fused": False,
+}
+TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
 
 
-def backend(name: str = "auto") -> Backend:
+def backend(name: str = "auto", mixing: moe.Mixing | None = None) -> Backend:
     """The backend of that name, or the best for this processor. Raises ToyllmError for one it does not know or cannot run."""
     chosen = choose_backend(name)
-    return Backend(chosen, *TABLE[chosen])
+    return Backend(chosen, **TABLE[chosen], mixing=mixing or moe.Mixing())

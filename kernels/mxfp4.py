@@ -57,7 +57,8 @@ def _split_halves(x, out):
 def _dequantize(blocks, scales, table, out):
     N, n = scales.shape
     for j in prange(N):
-        expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, out.ctypes.data + j * n * BLOCK * 4, True)
+        to = out.ctypes.data + j * n * BLOCK * 4
+        expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, to, True)
 
 
 @kernel(parallel=True)
@@ -109,8 +110,9 @@ def split_halves(x: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def matmul_mxfp4_kernel(x: np.ndarray, blocks: np.ndarray, scales: np.ndarray, bias: np.ndarray, out: np.ndarray, panels: np.ndarray) -> None:
-    """The kernels, unchecked; x comes from `split_halves`. `panels` f32 [threads, at least OUTPUTS · K] is scratch."""
+def matmul_mxfp4_kernel(x, blocks, scales, bias, out, panels) -> None:
+    """The kernels, unchecked. `panels` f32 [threads, at least OUTPUTS · K] is scratch."""
+    x = split_halves(x, np.empty_like(x))
     if len(x) == 1:
         _one(x, blocks, scales, SCALES, bias, out)
     else:
@@ -135,8 +137,8 @@ def _portable(x, blocks, scales, codes, table, bias, out):
                 out[m, j] += bias[j]
 
 
-def matmul_mxfp4_portable(x: np.ndarray, blocks: np.ndarray, scales: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """The portable kernel, unchecked; x in its natural order."""
+def matmul_mxfp4_portable(x, blocks, scales, bias, out, panels=None) -> None:  # noqa: ARG001
+    """The portable kernel, unchecked."""
     _portable(x, blocks, scales, CODES, SCALES, bias, out)
 
 
@@ -173,7 +175,7 @@ def matmul_mxfp4(x: np.ndarray, blocks: np.ndarray, scales: np.ndarray, bias: np
         check_array("bias", bias, (N,))
     out = np.zeros((M, N), np.float32)
     if M and N and K:
-        matmul_mxfp4_kernel(split_halves(x, np.empty_like(x)), blocks, scales, bias, out, thread_scratch(OUTPUTS * K))
+        matmul_mxfp4_kernel(x, blocks, scales, bias, out, thread_scratch(OUTPUTS * K))
     elif bias.size:
         out += bias
     return out

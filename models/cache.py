@@ -1,14 +1,27 @@
 """The KV cache: keys and values of the tokens seen so far, for one sequence or many.
 
-Layout: keys and values are f32 [L, G, C, Dh]; each sequence owns `capacity` neighbouring cells (rounded up to whole
-attention blocks), filled in order of position, so that attention streams them and the kernels need no gather.
+Layout: keys and values are f32 or bf16 [L, G, C, Dh]. Each sequence owns a slab of neighbouring cells, in order of position: all of its
+positions (`CausalCache`), or a ring of the latest (`SlidingWindowCache`). Attention streams them: the kernels need no gather.
+
+A forward pass calls `start_forward` once, then for each layer `set_layer`, `put`, and reads `keys`, `values` (of that layer) with
+`cells`, `begin`, `end` and `adjoining`: query t sees cells[begin[t]:end[t]], in position order; `adjoining` says that those
+are neighbours.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from ..kernels.dtypes import BF16, to_bf16
 from ..kernels.errors import ToyllmError
 
-BLOCK = 64  # attention cuts keys in blocks of this many cells
+BLOCK = 64  # attention cuts keys in blocks of this many, counted from the sequence's first position
+DTYPES = {"f32": np.dtype(np.float32), "bf16": BF16}
+
+
+def whole_blocks(capacity: int) -> int:
+    """Cells of a slab for so many positions."""
+    return -(-capacity // BLOCK) * BLOCK
 
 
 class CacheFull(ToyllmError):  # noqa: N818 - named for what it says
@@ -16,22 +29,28 @@ class CacheFull(ToyllmError):  # noqa: N818 - named for what it says
 
 
 class CausalCache:
-    """Keys and values for causal attention: a query sees the positions of its own sequence up to its own.
+    """A query sees the positions of its own sequence up to its own."""
 
-    A forward pass calls `start_forward` once, then for each layer `set_layer`, `put` and reads `keys`, `values` (of that layer, f32
-    [G, C, Dh]) with `cells`, `begin` and `end`: query t sees cells[begin[t]:end[t]], in position order.
-    """
-
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, max_sequences: int, capacity: int) -> None:
-        self.capacity, self.max_sequences = capacity, max_sequences
-        self._slab = -(-capacity // BLOCK) * BLOCK
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, max_sequences: int, capacity: int, dtype: str = "f32", poison: bool = False
+    ) -> None:
+        self._slab = self._slab_for(capacity)
         shape = (layers, kv_heads, max_sequences * self._slab, head_dim)
-        self._keys, self._values = (np.empty(shape, np.float32) for _ in range(2))
+        self._keys, self._values = (np.empty(shape, DTYPES[dtype]) for _ in range(2))
+        if poison:  # so that reading a cell that was never written cannot go unnoticed
+            for array in (self._keys, self._values):
+                array[...] = np.array(np.nan, np.float32) if dtype == "f32" else to_bf16(np.array([np.nan]))[0]
+        self.capacity, self.max_sequences = capacity, max_sequences
         self.cells = np.arange(shape[2], dtype=np.int32)
-        self._stored = np.zeros(max_sequences, np.int64)  # cells in use, a sequence
-        self._first = np.zeros(max_sequences, np.int64)  # position of the first cell, a sequence
+        self.adjoining = True
+        self.origin = 0  # the index of a sequence's position, less its place in `cells`; as of the last pass
+        self._stored = np.zeros(max_sequences, np.int64)  # positions seen, a sequence
+        self._first = np.zeros(max_sequences, np.int64)  # the first of them, a sequence
         self._new = self.begin = self.end = np.empty(0, np.int64)
         self.set_layer(0)
+
+    def _slab_for(self, capacity: int) -> int:
+        return whole_blocks(capacity)
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +58,7 @@ class CausalCache:
         return self._keys.nbytes + self._values.nbytes
 
     def length(self, sequence: int = 0) -> int:
-        """How many positions of a sequence are stored."""
+        """How many positions of a sequence have been seen."""
         return int(self._stored[sequence])
 
     def next_position(self, sequence: int = 0) -> int | None:
@@ -52,7 +71,11 @@ class CausalCache:
         An empty sequence may start at any position. Raises CacheFull where a sequence has no room, ToyllmError where a position does
         not follow the stored ones; then nothing has changed.
         """
-        new = np.empty(len(positions), np.int64)
+        self._place(sequences, self._indices(positions, sequences))
+
+    def _indices(self, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        """Each token's index in its sequence, int64 [T], once all of the batch has been found to fit."""
+        indices = np.empty(len(positions), np.int64)
         stored, first = self._stored.copy(), self._first.copy()
         for sequence in dict.fromkeys(sequences.tolist()):
             if not 0 <= sequence < self.max_sequences:
@@ -66,10 +89,15 @@ class CausalCache:
                 raise ToyllmError(f"sequence {sequence}: expected positions from {expected} on, one after the other")
             if index[-1] >= self.capacity:
                 raise CacheFull(f"sequence {sequence}: {index[-1] + 1} positions do not fit a KV cache of {self.capacity}")
-            new[mine] = sequence * self._slab + index
+            indices[mine] = index
             stored[sequence] += len(mine)
-        self._stored, self._first, self._new = stored, first, new
-        self.begin, self.end = sequences * self._slab, new + 1
+        self._stored, self._first = stored, first
+        return indices
+
+    def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
+        self._new = sequences * self._slab + indices
+        self.begin, self.end = sequences * self._slab, self._new + 1
+        self.origin = -int(self.begin[0])
 
     def set_layer(self, layer: int) -> None:
         """Choose the layer that `put`, `keys` and `values` mean."""
@@ -79,5 +107,88 @@ class CausalCache:
         """Store this batch's keys and values of the layer, f32 [T, G, Dh] each."""
         cells = self._new
         where = slice(cells[0], cells[-1] + 1) if (np.diff(cells) == 1).all() else cells
-        self.keys[:, where] = key.swapaxes(0, 1)
-        self.values[:, where] = value.swapaxes(0, 1)
+        for store, new in ((self.keys, key), (self.values, value)):
+            rows = new.swapaxes(0, 1)
+            store[:, where] = to_bf16(rows) if store.dtype == BF16 else rows
+
+
+class SlidingWindowCache(CausalCache):
+    """A query sees the last `window` positions of its own sequence, its own included. Keeps a ring of window + max_batch - 1 cells."""
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_sequences: int,
+        capacity: int,
+        window: int,
+        max_batch: int,
+        dtype: str = "f32",
+        poison: bool = False,
+    ) -> None:
+        self.window, self._max_batch = window, max_batch
+        self._ring = min(window + max_batch - 1, capacity)
+        super().__init__(layers, kv_heads, head_dim, max_sequences, capacity, dtype, poison)
+
+    def _slab_for(self, capacity: int) -> int:
+        del capacity
+        return self._ring
+
+    def _indices(self, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        most = max(sequences.tolist().count(sequence) for sequence in set(sequences.tolist()))
+        if most > self._max_batch and self._ring < self.capacity:
+            raise ToyllmError(f"{most} tokens of a sequence in one pass: expected at most {self._max_batch}, which the ring was made for")
+        return super()._indices(positions, sequences)
+
+    def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
+        self._new = sequences * self._ring + indices % self._ring
+        self.begin, self.end = np.empty_like(indices), np.empty_like(indices)
+        parts, at, self.adjoining = [], 0, True
+        for sequence in dict.fromkeys(sequences.tolist()):
+            mine = indices[sequences == sequence]
+            low = max(0, int(mine[0]) - self.window + 1)
+            base = low - low % BLOCK  # blocks are cut at the same positions whatever the ring has forgotten
+            index = np.arange(base, base - (base - mine[-1] - 1) // BLOCK * BLOCK)  # whole blocks; what lies behind is not seen
+            parts.append((sequence * self._ring + index % self._ring).astype(np.int32))
+            self.begin[sequences == sequence] = at + np.maximum(0, mine - self.window + 1) - base
+            self.end[sequences == sequence] = at + mine - base + 1
+            self.adjoining &= low // self._ring == int(mine[-1]) // self._ring
+            self.origin = base - at
+            at += len(index)
+        self.cells = np.concatenate(parts)
+
+
+class WrapperCache:
+    """Several caches as one, for models whose layers differ: layer i is the cache and the layer within it that `layers[i]` names."""
+
+    def __init__(self, caches: Sequence[CausalCache], layers: Sequence[tuple[int, int]]) -> None:
+        self.caches, self._layers = tuple(caches), tuple(layers)
+        self.set_layer(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all members."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def length(self, sequence: int = 0) -> int:
+        """How many positions of a sequence have been seen."""
+        return self.caches[0].length(sequence)
+
+    def next_position(self, sequence: int = 0) -> int | None:
+        """The position that follows the stored ones; None while the sequence is empty."""
+        return self.caches[0].next_position(sequence)
+
+    def start_forward(self, positions: np.ndarray, sequences: np.ndarray) -> None:
+        """As each member's; they refuse the same batches, so the first refuses before any has changed."""
+        for cache in self.caches:
+            cache.start_forward(positions, sequences)
+
+    def set_layer(self, layer: int) -> None:
+        """Choose the layer that `put`, `keys` and `values` mean."""
+        member, own = self._layers[layer]
+        self.member = self.caches[member]
+        self.member.set_layer(own)
+
+    def __getattr__(self, name: str):
+        return getattr(self.member, name)

@@ -6,12 +6,12 @@ import math
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from ..kernels.errors import ToyllmError
 from .location import ModelFiles
 
-FAMILIES = {"gpt2": "gpt2"}  # model_type in config.json -> the module of this package that runs it
+FAMILIES = {"gpt2": "gpt2", "gpt_oss": "gpt_oss"}  # model_type in config.json -> the module of this package that runs it
 
 C = TypeVar("C")
 LARGEST = 2**31 - 1  # of any size or id: products of two stay exact in 64 bits
@@ -48,6 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def family_of(document: dict[str, Any], where: Path) -> ModuleType:
     """The module that runs a checkpoint with this config.json, by its `model_type`."""
     model_type = document.get("model_type")
+    if model_type is None and {"num_experts", "swiglu_limit"} <= document.keys():
+        model_type = "gpt_oss"  # OpenAI's own config.json names no type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ToyllmError(f"{where}: model_type {json.dumps(model_type)} is not supported; toyllm runs {known}")
@@ -71,6 +73,10 @@ def checked(value: Any, of: Field[Any], where: Path) -> Any:
     kind = next(t for t in allowed if t is not type(None))
     if of.name.endswith("_token_id"):
         return token_ids(value, wrong)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise wrong("a list of strings")
+        return tuple(value)
     if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) is not kind:
@@ -99,15 +105,15 @@ def load_config(files: ModelFiles) -> tuple[ModuleType, Any]:
         raise ToyllmError(f"{files.folder}: no config.json beside the weights; copy it from the model's repository")
     document = read_json(files.config)
     family = family_of(document, files.config)
-    config = read_config(family.Config, document, files.config)
+    config = read_config(family.Config, family.normalise(document), files.config)
     family.check(config, files.config)
     return family, config
 
 
 def effective_config(files: ModelFiles) -> list[tuple[str, Any, str]]:
     """What the model will run with: (key, value, "file" or "default") for every key that toyllm reads."""
-    _, config = load_config(files)
-    document = read_json(files.config) if files.config else {}
+    family, config = load_config(files)
+    document = family.normalise(read_json(files.config)) if files.config else {}
     return [(f.name, getattr(config, f.name), "file" if f.name in document else "default") for f in fields(config)]
 
 

@@ -10,24 +10,22 @@ width, V vocabulary, P positions.
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
-from .cache import CausalCache
+from .cache import DTYPES, CausalCache, whole_blocks
 from .checkpoint import Checkpoint
 from .config import optional_size, positive, size
+from .taps import Tap, tap_scores
 from .weights import Spec, log, match, matrix, vector
 
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
-
-Tap = Callable[[str, np.ndarray], None]
 
 # ---- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -65,6 +63,11 @@ class Config:
     def context(self) -> int:
         """The most positions the model knows."""
         return self.n_positions
+
+
+def normalise(document: dict[str, Any]) -> dict[str, Any]:
+    """config.json under the names of `Config`: GPT-2 has only one spelling."""
+    return document
 
 
 ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
@@ -202,14 +205,16 @@ def make_buffers(c: Config, rows: int) -> Buffers:
     )
 
 
-def make_cache(c: Config, sequences: int, capacity: int) -> CausalCache:
-    """A KV cache for so many sequences of up to `capacity` positions."""
-    return CausalCache(c.n_layer, c.n_head, c.n_embd // c.n_head, sequences, capacity)
+def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False) -> CausalCache:
+    """A KV cache for so many sequences of up to `capacity` positions; all layers see all of them, so `chunk` does not matter."""
+    del chunk
+    return CausalCache(c.n_layer, c.n_head, c.n_embd // c.n_head, sequences, capacity, dtype, poison)
 
 
-def cache_bytes(c: Config, capacity: int) -> int:
-    """Bytes of keys and values for one sequence of `capacity` positions, in f32."""
-    return 2 * 4 * c.n_layer * c.n_embd * capacity
+def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:
+    """Bytes of keys and values for one sequence of `capacity` positions."""
+    del chunk
+    return 2 * DTYPES[dtype].itemsize * c.n_layer * c.n_embd * whole_blocks(capacity)
 
 
 # ---- attention, feed-forward, block, forward --------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ def attention(
     np.copyto(q, split[:, 0])
     cache.put(split[:, 1], split[:, 2])
     scale = (1 / math.sqrt(Dh) if c.scale_attn_weights else 1.0) / (i + 1 if c.scale_attn_by_inverse_layer_idx else 1)
-    k.attention(q, cache.keys, cache.values, cache.cells, True, cache.begin, cache.end, scale, heads, buffers.scores)
+    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores)
     k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
     if tap:
         name = f"blocks.{i}.attn"
@@ -237,19 +242,6 @@ def attention(
         tap(f"{name}.heads", heads)
         tap(f"{name}.out", out)
     return out
-
-
-def tap_scores(tap: Tap, name: str, q: np.ndarray, cache: CausalCache, scale: float) -> None:
-    """`scores` and `weights` f32 [H, T, S], which the fused step never holds, computed plainly for a reader; invisible keys −inf and 0."""
-    low, high = cache.begin.min(), cache.end.max()
-    keys = cache.keys[:, cache.cells[low:high]].repeat(q.shape[1] // cache.keys.shape[0], axis=0)
-    scores = np.einsum("thd,hsd->hts", q, keys) * np.float32(scale)
-    cell = np.arange(low, high)
-    visible = (cell >= cache.begin[:, None]) & (cell < cache.end[:, None])
-    scores = np.where(visible, scores, np.float32(-np.inf))
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    tap(f"{name}.scores", scores)
-    tap(f"{name}.weights", weights / weights.sum(-1, keepdims=True))
 
 
 def feed_forward(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buffers, tap: Tap | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A loaded model: its family's functions with the weights, buffers and kernels they run on."""
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..kernels.checks import check_array
 from ..kernels.errors import ToyllmError
+from .cache import DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import GenerationDefaults, generation_defaults, load_config
 from .location import ModelFiles, find_model
@@ -40,6 +42,8 @@ class Model:
     kernels: "Backend"
     threads: int
     prefill_chunk: int = PREFILL_CHUNK
+    cache_dtype: str = "f32"
+    poison_cache: bool = False
     _buffers: Any = field(default=None, repr=False)
 
     @cached_property
@@ -65,11 +69,14 @@ class Model:
             return wanted or most
         weights = sum(path.stat().st_size for path in self.checkpoint.shards)
         room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
-        each = self.family.cache_bytes(self.config, 1)
-        fits = max(1, room // each)
-        if (wanted or most) <= fits:
+
+        def needs(context: int) -> int:
+            return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype)
+
+        if needs(wanted or most) <= room:
             return wanted or most
-        figures = f"the KV cache takes {each * (wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
+        fits = max(1, bisect_right(range(most + 1), room, key=needs) - 1)
+        figures = f"the KV cache takes {needs(wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
         if wanted is not None:
             raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
         log.info("context reduced from %d to %d: %s", most, fits, figures)
@@ -77,7 +84,8 @@ class Model:
 
     def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
         """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
-        return self.family.make_cache(self.config, sequences, self.config.context if context is None else context)
+        room = self.config.context if context is None else context
+        return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
 
     def forward(
         self,
@@ -144,14 +152,29 @@ def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:
         raise ToyllmError(f"token id {array[outside[0]]} (number {outside[0] + 1} of {len(array)}): expected 0 to {vocab_size - 1}")
 
 
-def load(name: str, backend: str = "auto", threads: int | None = None, prefill_chunk: int = PREFILL_CHUNK) -> Model:
+def load(
+    name: str,
+    backend: str = "auto",
+    threads: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cache_dtype: str = "f32",
+    poison_cache: bool = False,
+    moe: str = "auto",
+    tokens_per_expert_ratio: float = 1.0,
+    exact: bool = False,
+) -> Model:
     """Load a model: a folder, a .safetensors file, an embedded model's name, or a repo id in the local Hugging Face cache.
 
     The weights stay in the memory map. `backend` is one of kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the
-    physical cores), `prefill_chunk` the most tokens a pass. Raises ToyllmError for what cannot be found, read or run.
+    physical cores), `prefill_chunk` the most tokens a pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache`
+    fills the KV cache with NaN; `moe` is one of kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `exact` asks for f32
+    arithmetic throughout, which all kernels now use in any case. Raises ToyllmError for what cannot be found, read or run.
     """
+    del exact
     if prefill_chunk < 1:
-        raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected 1 or more")
+        raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
+    if cache_dtype not in DTYPES:
+        raise ToyllmError(f"--cache-dtype {cache_dtype}: expected {' or '.join(DTYPES)}")
     files = find_model(name)
     family, config = load_config(files)
     checkpoint = open_checkpoint(files)
@@ -159,6 +182,9 @@ def load(name: str, backend: str = "auto", threads: int | None = None, prefill_c
     tokenizer = load_tokenizer(files)
 
     from ..kernels.backends import backend as choose
+    from ..kernels.moe import check_mixing
     from ..kernels.threads import set_threads
 
-    return Model(files, family, config, checkpoint, weights, tokenizer, choose(backend), set_threads(threads), prefill_chunk)
+    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio))
+    threads = set_threads(threads)
+    return Model(files, family, config, checkpoint, weights, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)

@@ -58,6 +58,13 @@ def matrix(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
     return array
 
 
+def mxfp4_bytes(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
+    """The blocks or the scales of MXFP4 weights, u8, from the memory map. Raises ToyllmError for another dtype."""
+    if tensor.dtype != "U8":
+        raise ToyllmError(f"{tensor.path}: tensor {tensor.name}: expected U8, found {tensor.dtype}")
+    return checkpoint.array(tensor.name)
+
+
 def vector(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
     """A bias or norm weight, widened once to f32: small, and read whole by every token."""
     return np.ascontiguousarray(widen(matrix(checkpoint, tensor)), np.float32)

@@ -1,0 +1,514 @@
+"""GPT-OSS (OpenAI 2025, arXiv:2508.10925), in the checkpoints of Hugging Face and of OpenAI, its experts in MXFP4 as stored.
+
+    x = embed[token]
+    for each block:  x = x + attention(RMSNorm(x));  x = x + Σ_e weight_e · expert_e(RMSNorm(x))
+    logits = RMSNorm(x) · headᵀ
+
+The arithmetic is openai/gpt-oss torch/model.py in f32. Shapes: T tokens, D width, H query and G key/value heads of Dh, E experts of
+width F, k of them a token, V vocabulary.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.dtypes import widen
+from ..kernels.errors import ToyllmError
+from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
+from .checkpoint import Checkpoint
+from .config import positive, size
+from .taps import Tap, tap_scores
+from .weights import Spec, match, matrix, mxfp4_bytes, vector
+
+if TYPE_CHECKING:
+    from ..kernels.backends import Backend
+    from ..kernels.moe import Experts, Mxfp4
+
+# ---- configuration ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json of model_type gpt_oss, under Hugging Face's names, the rope settings laid flat; the defaults are gpt-oss-20b's."""
+
+    vocab_size: int = size(201088)  # V
+    hidden_size: int = size(2880)  # D
+    intermediate_size: int = size(2880)  # F
+    num_hidden_layers: int = size(24)  # L
+    num_attention_heads: int = size(64)  # H
+    num_key_value_heads: int = size(8)  # G
+    head_dim: int = size(64)  # Dh
+    num_local_experts: int = size(32)  # E
+    num_experts_per_tok: int = size(4)  # k
+    sliding_window: int = size(128)  # keys a sliding layer sees, the query's own included
+    layer_types: tuple[str, ...] | None = None  # absent: even layers slide, odd ones see everything
+    max_position_embeddings: int = size(131072)
+    rms_norm_eps: float = positive(1e-5)
+    swiglu_limit: float = positive(7.0)
+    swiglu_alpha: float = positive(1.702)
+    rope_type: str = "yarn"
+    rope_theta: float = positive(150000.0)
+    rope_factor: float = positive(32.0)
+    rope_original_context: int = size(4096)
+    rope_beta_fast: float = positive(32.0)
+    rope_beta_slow: float = positive(1.0)
+    rope_truncate: bool = False
+    hf_rope_impl: bool = True  # pairs (i, i + Dh/2); false: (2 i, 2 i + 1)
+    tie_word_embeddings: bool = False
+    bos_token_id: tuple[int, ...] = ()
+    eos_token_id: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.hidden_size
+
+    @property
+    def context(self) -> int:
+        """The most positions the model knows."""
+        return self.max_position_embeddings
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """Whether each layer slides."""
+        if self.layer_types is None:
+            return tuple(i % 2 == 0 for i in range(self.num_hidden_layers))
+        return tuple(kind == SLIDING for kind in self.layer_types)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+# other spellings of config.json: OpenAI's own, and the two places for rope settings
+SPELLINGS = {
+    "experts_per_token": "num_experts_per_tok",
+    "num_experts": "num_local_experts",
+    "rope_scaling_factor": "rope_factor",
+    "rope_ntk_alpha": "rope_beta_slow",
+    "rope_ntk_beta": "rope_beta_fast",
+}
+ROPE_SPELLINGS = {
+    "rope_type": "rope_type",
+    "type": "rope_type",
+    "rope_theta": "rope_theta",
+    "factor": "rope_factor",
+    "original_max_position_embeddings": "rope_original_context",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "truncate": "rope_truncate",
+}
+
+
+def normalise(document: dict[str, Any]) -> dict[str, Any]:
+    """config.json under the names of `Config`. A name of Hugging Face's own wins over another spelling of it."""
+    flat = {SPELLINGS[key]: value for key, value in document.items() if key in SPELLINGS} | document
+    for place in ("rope_scaling", "rope_parameters"):
+        settings = document.get(place)
+        if isinstance(settings, dict):
+            flat |= {ROPE_SPELLINGS[key]: value for key, value in settings.items() if key in ROPE_SPELLINGS}
+    if "initial_context_length" in document:
+        flat.setdefault("rope_original_context", document["initial_context_length"])
+        factor = flat.get("rope_factor")
+        if isinstance(factor, (int, float)) and type(document["initial_context_length"]) is int:
+            flat.setdefault("max_position_embeddings", int(document["initial_context_length"] * factor))
+    if "rope_scaling" in document and document["rope_scaling"] is None and "rope_parameters" not in document:
+        flat["rope_type"] = "default"
+    if flat.get("layer_types", ...) is None:
+        del flat["layer_types"]
+    return flat
+
+
+def check(c: Config, where: Path) -> None:
+    """Raise ToyllmError for a configuration that no GPT-OSS can have, or that toyllm does not run."""
+
+    def wrong(key: str, text: str) -> ToyllmError:
+        return ToyllmError(f"{where}: {key}: {text}")
+
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise wrong("num_key_value_heads", f"{c.num_key_value_heads} does not divide num_attention_heads {c.num_attention_heads}")
+    if c.head_dim % 2:
+        raise wrong("head_dim", f"expected an even number for the rotary embedding, found {c.head_dim}")
+    if c.num_experts_per_tok > c.num_local_experts:
+        raise wrong("num_experts_per_tok", f"{c.num_experts_per_tok} experts a token, but the model has {c.num_local_experts}")
+    if c.rope_type not in ("yarn", "default"):
+        raise wrong("rope_type", f"expected yarn or default, found {c.rope_type!r}")
+    if c.layer_types is not None:
+        if len(c.layer_types) != c.num_hidden_layers:
+            raise wrong("layer_types", f"{len(c.layer_types)} entries for num_hidden_layers {c.num_hidden_layers}")
+        odd = next((kind for kind in c.layer_types if kind not in (SLIDING, FULL)), None)
+        if odd is not None:
+            raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {odd!r}")
+
+
+# ---- names in the checkpoint ------------------------------------------------------------------------------------------------
+
+PREFIXES = ("model.", "")
+IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that some re-saved files carry
+
+
+def has_dense_experts(names: frozenset[str]) -> bool:
+    """Whether the experts are stored as matrices, not in MXFP4."""
+    return any(name.endswith("experts.gate_up_proj") for name in names)
+
+
+def specs(c: Config, names: frozenset[str] = frozenset()) -> dict[str, Spec]:
+    """Every tensor of the architecture: our name -> name in the checkpoint, shape, shard axis.
+
+    `names` are the checkpoint's own, which tell the dialect: OpenAI's (fused qkv, other names), Hugging Face's (without names, too), or
+    the latter with experts as dequantised matrices [in, out]. Linear weights are [out, in].
+    """
+    V, D, F, E = c.vocab_size, c.hidden_size, c.intermediate_size, c.num_local_experts
+    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    openai = "embedding.weight" in names
+    dense = has_dense_experts(names)
+    table = {
+        "embed": Spec("embedding.weight" if openai else "embed_tokens.weight", (V, D), 0),
+        "norm_f": Spec("norm.scale" if openai else "norm.weight", (D,)),
+        "head": Spec("unembedding.weight" if openai else "lm_head.weight", (V, D), 0, optional=c.tie_word_embeddings),
+    }
+    for i in range(c.num_hidden_layers):
+        at, attn, mlp = (f"block.{i}", "attn", "mlp") if openai else (f"layers.{i}", "self_attn", "mlp")
+        if openai:
+            table |= {
+                f"{i}.norm_1": Spec(f"{at}.attn.norm.scale", (D,)),
+                f"{i}.qkv.weight": Spec(f"{at}.attn.qkv.weight", (Q + 2 * KV, D), 0),
+                f"{i}.qkv.bias": Spec(f"{at}.attn.qkv.bias", (Q + 2 * KV,), 0),
+                f"{i}.norm_2": Spec(f"{at}.mlp.norm.scale", (D,)),
+            }
+        else:
+            table |= {
+                f"{i}.norm_1": Spec(f"{at}.input_layernorm.weight", (D,)),
+                f"{i}.q.weight": Spec(f"{at}.self_attn.q_proj.weight", (Q, D), 0),
+                f"{i}.q.bias": Spec(f"{at}.self_attn.q_proj.bias", (Q,), 0),
+                f"{i}.k.weight": Spec(f"{at}.self_attn.k_proj.weight", (KV, D), 0),
+                f"{i}.k.bias": Spec(f"{at}.self_attn.k_proj.bias", (KV,), 0),
+                f"{i}.v.weight": Spec(f"{at}.self_attn.v_proj.weight", (KV, D), 0),
+                f"{i}.v.bias": Spec(f"{at}.self_attn.v_proj.bias", (KV,), 0),
+                f"{i}.norm_2": Spec(f"{at}.post_attention_layernorm.weight", (D,)),
+            }
+        out, router = ("out", "gate") if openai else ("o_proj", "router")
+        table |= {
+            f"{i}.sinks": Spec(f"{at}.{attn}.sinks", (c.num_attention_heads,), 0),
+            f"{i}.out.weight": Spec(f"{at}.{attn}.{out}.weight", (D, Q), 1),
+            f"{i}.out.bias": Spec(f"{at}.{attn}.{out}.bias", (D,)),
+            f"{i}.router.weight": Spec(f"{at}.{mlp}.{router}.weight", (E, D)),
+            f"{i}.router.bias": Spec(f"{at}.{mlp}.{router}.bias", (E,)),
+        }
+        for ours, theirs, number, rows, columns in (("gate_up", "gate_up_proj", 1, 2 * F, D), ("down", "down_proj", 2, D, F)):
+            stem = f"{at}.mlp.mlp{number}" if openai else f"{at}.mlp.experts.{theirs}"
+            weight, dot = (f"{stem}_weight", ".") if openai else (stem, "_")
+            table[f"{i}.{ours}.bias"] = Spec(f"{stem}_bias", (E, rows), 0)
+            if dense:
+                table[f"{i}.{ours}.weight"] = Spec(weight, (E, columns, rows), 0)
+            else:
+                table[f"{i}.{ours}.blocks"] = Spec(f"{weight}{dot}blocks", (E, rows, -(-columns // 32), 16), 0)
+                table[f"{i}.{ours}.scales"] = Spec(f"{weight}{dot}scales", (E, rows, -(-columns // 32)), 0)
+    return table
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [in, out], a transposed view of the stored one, with its bias f32 [out]."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one block."""
+
+    norm_1: np.ndarray
+    q: Linear
+    k: Linear
+    v: Linear
+    sinks: np.ndarray
+    out: Linear
+    norm_2: np.ndarray
+    router: Linear
+    experts: "Experts"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of the model: matrices and experts as stored, in the memory map."""
+
+    embed: np.ndarray  # [V, D]
+    blocks: tuple[Block, ...]
+    norm_f: np.ndarray
+    head: np.ndarray  # [D, V], a transposed view
+
+
+def load_weights(checkpoint: Checkpoint, c: Config) -> Weights:
+    """The checkpoint's tensors as the model's. Raises ToyllmError where they are not this architecture's."""
+    from ..kernels.moe import Experts, Mxfp4
+
+    names = frozenset(checkpoint.tensors)
+    if (c.intermediate_size % 32 or c.hidden_size % 32) and not has_dense_experts(names):
+        sizes = f"hidden_size {c.hidden_size}, intermediate_size {c.intermediate_size}"
+        raise ToyllmError(f"{checkpoint.shards[0]}: MXFP4 needs sizes that are multiples of 32, found {sizes}")
+    found = match(checkpoint, specs(c, names), PREFIXES, IGNORED)
+    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+    def linear(name: str, rows: slice = slice(None)) -> Linear:
+        weight, bias = matrix(checkpoint, found[f"{name}.weight"]), vector(checkpoint, found[f"{name}.bias"])
+        return Linear(weight[rows].T, bias[rows])
+
+    def projections(i: int) -> list[Linear]:
+        if f"{i}.qkv.weight" in found:
+            return [linear(f"{i}.qkv", rows) for rows in (slice(Q), slice(Q, Q + KV), slice(Q + KV, Q + 2 * KV))]
+        return [linear(f"{i}.{part}") for part in "qkv"]
+
+    def expert(name: str) -> "Mxfp4 | np.ndarray":
+        if f"{name}.weight" in found:
+            return matrix(checkpoint, found[f"{name}.weight"])
+        return Mxfp4(*(mxfp4_bytes(checkpoint, found[f"{name}.{part}"]) for part in ("blocks", "scales")))
+
+    def plain(name: str) -> np.ndarray:
+        return vector(checkpoint, found[name])
+
+    def block(i: int) -> Block:
+        q, k, v = projections(i)
+        return Block(
+            norm_1=plain(f"{i}.norm_1"),
+            q=q,
+            k=k,
+            v=v,
+            sinks=plain(f"{i}.sinks"),
+            out=linear(f"{i}.out"),
+            norm_2=plain(f"{i}.norm_2"),
+            router=linear(f"{i}.router"),
+            experts=Experts(
+                gate_up=expert(f"{i}.gate_up"),
+                gate_up_bias=plain(f"{i}.gate_up.bias"),
+                down=expert(f"{i}.down"),
+                down_bias=plain(f"{i}.down.bias"),
+                limit=c.swiglu_limit,
+                alpha=c.swiglu_alpha,
+            ),
+        )
+
+    blocks = tuple(block(i) for i in range(c.num_hidden_layers))
+    embed = matrix(checkpoint, found["embed"])
+    return Weights(embed, blocks, plain("norm_f"), (matrix(checkpoint, found["head"]) if "head" in found else embed).T)
+
+
+# ---- buffers and cache ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a forward pass works in, allocated once for passes of up to `rows` tokens; f32 but for `experts`."""
+
+    x: np.ndarray  # [rows, D], the residual stream
+    norm: np.ndarray  # [rows, D]
+    q: np.ndarray  # [rows, H Dh]
+    k: np.ndarray  # [rows, G Dh]
+    v: np.ndarray  # [rows, G Dh]
+    heads: np.ndarray  # [rows, H Dh]
+    router: np.ndarray  # [rows, E]
+    experts: np.ndarray  # int64 [rows, k]
+    weights: np.ndarray  # [rows, k]
+    h: np.ndarray  # [k, 2 F], one token's experts before the activation
+    z: np.ndarray  # [k, F], and after it
+    halves: np.ndarray  # [1, D]
+    added: np.ndarray  # [rows, D], what a sub-layer adds to the stream
+    panels: np.ndarray  # a row a thread: weights expanded for products
+    scores: np.ndarray  # a row a thread: attention scores of a block
+
+
+def make_buffers(c: Config, rows: int) -> Buffers:
+    """Buffers for passes of up to `rows` tokens."""
+    from ..kernels.attention import SCRATCH
+    from ..kernels.matmul import panels_for
+    from ..kernels.threads import thread_scratch
+
+    D, F, k = c.hidden_size, c.intermediate_size, c.num_experts_per_tok
+    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+    def f32(*shape: int) -> np.ndarray:
+        return np.empty(shape, np.float32)
+
+    return Buffers(
+        x=f32(rows, D),
+        norm=f32(rows, D),
+        q=f32(rows, Q),
+        k=f32(rows, KV),
+        v=f32(rows, KV),
+        heads=f32(rows, Q),
+        router=f32(rows, c.num_local_experts),
+        experts=np.zeros((rows, k), np.int64),
+        weights=f32(rows, k),
+        h=f32(k, 2 * F),
+        z=f32(k, F),
+        halves=f32(1, D),
+        added=f32(rows, D),
+        panels=thread_scratch(panels_for(max(D, F, Q))),
+        scores=thread_scratch(SCRATCH),
+    )
+
+
+def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False) -> WrapperCache:
+    """A KV cache for so many sequences: rings of window + chunk on sliding layers, `capacity` positions on the others."""
+    sliding = c.sliding
+    shape = (c.num_key_value_heads, c.head_dim, sequences, capacity)
+    rings = SlidingWindowCache(sum(sliding), *shape, c.sliding_window, chunk, dtype, poison)
+    whole = CausalCache(len(sliding) - sum(sliding), *shape, dtype, poison)
+    layers = [(0, sum(sliding[:i])) if slides else (1, i - sum(sliding[:i])) for i, slides in enumerate(sliding)]
+    return WrapperCache((rings, whole), layers)
+
+
+def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:
+    """Bytes of keys and values for one sequence of `capacity` positions."""
+    cell = 2 * DTYPES[dtype].itemsize * c.num_key_value_heads * c.head_dim
+    rings = sum(c.sliding)
+    return cell * (rings * min(c.sliding_window + chunk - 1, capacity) + (len(c.sliding) - rings) * whole_blocks(capacity))
+
+
+# ---- attention, mixture of experts, block, forward --------------------------------------------------------------------------
+
+
+def rotations(c: Config, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin f32 [T, Dh/2] of the rotary embedding at these positions, YaRN's factor on both."""
+    from ..kernels import rotary
+
+    if c.rope_type == "yarn":
+        settings = (c.rope_factor, c.rope_original_context, c.rope_beta_fast, c.rope_beta_slow, c.rope_truncate)
+        return rotary.rotations(positions, *rotary.yarn_frequencies(c.head_dim, c.rope_theta, *settings))
+    return rotary.rotations(positions, c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim))
+
+
+def attention(
+    x: np.ndarray,
+    w: Block,
+    i: int,
+    c: Config,
+    k: "Backend",
+    buffers: Buffers,
+    cache: WrapperCache,
+    turn: tuple[np.ndarray, np.ndarray],
+    tap: Tap | None,
+) -> np.ndarray:
+    """Grouped-query attention of block i with sinks, over the cache, output projection included: [T, D] -> [T, D]."""
+    T, H, G, Dh = len(x), c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    q, key, value = buffers.q[:T], buffers.k[:T], buffers.v[:T]
+    for part, to in ((w.q, q), (w.k, key), (w.v, value)):
+        k.matmul(x, part.weight, part.bias, to, buffers.panels)
+    q, key, value, heads = q.reshape(T, H, Dh), key.reshape(T, G, Dh), value.reshape(T, G, Dh), buffers.heads[:T].reshape(T, H, Dh)
+    k.rotate(q, *turn, not c.hf_rope_impl)
+    k.rotate(key, *turn, not c.hf_rope_impl)
+    cache.put(key, value)
+    scale = 1 / math.sqrt(Dh)
+    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores, w.sinks)
+    out = buffers.added[:T]
+    k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
+    if tap:
+        name = f"blocks.{i}.attn"
+        tap(f"{name}.q", q)
+        tap(f"{name}.k", key)
+        tap(f"{name}.v", value)
+        tap_scores(tap, name, q, cache, scale, w.sinks)
+        tap(f"{name}.heads", heads)
+        tap(f"{name}.out", out)
+    return out
+
+
+def mixture(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buffers, tap: Tap | None) -> np.ndarray:
+    """Router and experts of block i: [T, D] -> [T, D]."""
+    T = len(x)
+    logits, experts, weights, out = buffers.router[:T], buffers.experts[:T], buffers.weights[:T], buffers.added[:T]
+    k.matmul(x, w.router.weight, w.router.bias, logits, buffers.panels)
+    k.route(logits, experts, weights)
+    inside = Inside(T, c, experts) if tap else None
+    scratch = (buffers.h, buffers.z, buffers.halves, buffers.panels)
+    k.mixture(x, logits, experts, weights, w.experts, out, scratch, inside.watch if inside else None)
+    if tap and inside:
+        name = f"blocks.{i}"
+        tap(f"{name}.router.logits", logits)
+        tap(f"{name}.router.experts", experts)
+        tap(f"{name}.router.weights", weights)
+        tap(f"{name}.experts.gate", inside.h[..., 0::2])
+        tap(f"{name}.experts.up", inside.h[..., 1::2])
+        tap(f"{name}.experts.hidden", inside.z)
+        tap(f"{name}.mlp.out", out)
+    return out
+
+
+class Inside:
+    """What happens inside the experts that a token chose, in the order in which it chose them, for those who watch."""
+
+    def __init__(self, T: int, c: Config, experts: np.ndarray) -> None:
+        self._experts = experts
+        self.h = np.full((T, c.num_experts_per_tok, 2 * c.intermediate_size), np.nan, np.float32)
+        self.z = np.full((T, c.num_experts_per_tok, c.intermediate_size), np.nan, np.float32)
+
+    def watch(self, e: int, tokens: np.ndarray, h: np.ndarray, z: np.ndarray) -> None:
+        """Keep what expert e did for those of its tokens that chose it."""
+        n, slot = np.nonzero(self._experts[tokens] == e)
+        self.h[tokens[n], slot] = h[n]
+        self.z[tokens[n], slot] = z[n]
+
+
+def block(
+    x: np.ndarray,
+    w: Block,
+    i: int,
+    c: Config,
+    k: "Backend",
+    buffers: Buffers,
+    cache: WrapperCache,
+    turn: tuple[np.ndarray, np.ndarray],
+    tap: Tap | None,
+) -> None:
+    """Block i, in place on the residual stream x [T, D]: each sub-layer reads a norm of it and adds to it."""
+    norm = buffers.norm[: len(x)]
+    k.rms_norm(x, w.norm_1, c.rms_norm_eps, norm)
+    if tap:
+        tap(f"blocks.{i}.norm_1", norm)
+    x += attention(norm, w, i, c, k, buffers, cache, turn, tap)
+    if tap:
+        tap(f"blocks.{i}.resid_mid", x)
+    k.rms_norm(x, w.norm_2, c.rms_norm_eps, norm)
+    if tap:
+        tap(f"blocks.{i}.norm_2", norm)
+    x += mixture(norm, w, i, c, k, buffers, tap)
+    if tap:
+        tap(f"blocks.{i}.out", x)
+
+
+def forward(
+    w: Weights,
+    c: Config,
+    k: "Backend",
+    buffers: Buffers,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    cache: WrapperCache,
+    logits: np.ndarray,
+    tap: Tap | None = None,
+) -> None:
+    """One pass over tokens and positions, int64 [T], for which the cache has taken cells; logits f32 [n, V] are the last n tokens'."""
+    T = len(tokens)
+    x = buffers.x[:T]
+    x[...] = widen(w.embed[tokens])
+    if tap:
+        tap("embed", x)
+    turn = rotations(c, positions)
+    for i, weights in enumerate(w.blocks):
+        cache.set_layer(i)
+        block(x, weights, i, c, k, buffers, cache, turn, tap)
+    n = T if tap else len(logits)
+    if not n:
+        return
+    norm = buffers.norm[:n]
+    k.rms_norm(x[T - n :], w.norm_f, c.rms_norm_eps, norm)
+    if tap:
+        tap("norm_f", norm)
+    k.matmul(norm[n - len(logits) :], w.head, NO_BIAS, logits, buffers.panels)
+    if tap:
+        tap("logits", logits)
+
+
+NO_BIAS = np.empty(0, np.float32)

@@ -106,7 +106,7 @@ class CausalCache:
     def put(self, key: np.ndarray, value: np.ndarray) -> None:
         """Store this batch's keys and values of the layer, f32 [T, G, Dh] each."""
         cells = self._new
-        where = slice(cells[0], cells[-1] + 1) if (np.diff(cells) == 1).all() else cells
+        where = slice(cells[0], cells[-1] + 1) if len(cells) == 1 or (np.diff(cells) == 1).all() else cells
         for store, new in ((self.keys, key), (self.values, value)):
             rows = new.swapaxes(0, 1)
             store[:, where] = to_bf16(rows) if store.dtype == BF16 else rows

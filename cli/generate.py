@@ -1,7 +1,6 @@
 """`toyllm generate`: continue a prompt, as a stream of text or one JSON document."""
 
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import output
-from .options import DEFAULT_MODEL, Backend, Json, Model, PromptIds, Threads, option
+from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
+from .running import load, mixture_rows, settings_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from ..models.model import Model as LoadedModel
 
 
-def whole_text(context: typer.Context, parameter: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
-    """The stop text in TOYLLM_STOP is one, spaces included, where Typer would make each word one."""
-    variable = os.environ.get(str(parameter.envvar))
-    given = context.get_parameter_source(str(parameter.name))
-    return [variable] if variable and given and given.name == "ENVIRONMENT" else value
-
-
+@takes(sampling=SAMPLING, running=RUNNING)
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -34,45 +28,12 @@ def generate(
     ] = None,
     model: Model = DEFAULT_MODEL,
     prompt_ids: PromptIds = None,
-    max_tokens: Annotated[int | None, option("The most tokens to add.", "--max-tokens", "-n", show_default="200")] = None,
-    temperature: Annotated[
-        float | None, option("0 takes the likeliest token; higher is more varied.", "--temperature", "-t", show_default="0.8")
-    ] = None,
-    top_k: Annotated[int | None, option("Draw from the K likeliest tokens.", "--top-k", show_default="off")] = None,
-    top_p: Annotated[
-        float | None, option("Draw from the likeliest tokens that together reach this probability.", "--top-p", show_default="0.95")
-    ] = None,
-    min_p: Annotated[
-        float | None, option("Drop tokens below this share of the likeliest one's probability.", "--min-p", show_default="off")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, option("Divide the logits of tokens in the context by this.", "--repetition-penalty", show_default="1, off")
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, option("Subtract this from the logits of tokens in the context.", "--presence-penalty", show_default="0")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, option("Subtract this for each time a token is in the context.", "--frequency-penalty", show_default="0")
-    ] = None,
-    seed: Annotated[int | None, option("The seed of the draws.", "--seed", show_default="drawn, and said")] = None,
-    stop: Annotated[
-        list[str] | None,
-        option("End before this text; may be given several times.", "--stop", metavar="TEXT", show_default=False, callback=whole_text),
-    ] = None,
-    logprobs: Annotated[
-        int | None, option("Report each token's log-probability, and the N likeliest.", "--logprobs", metavar="N", show_default=False)
-    ] = None,
-    context_size: Annotated[
-        int | None,
-        option("Positions of the KV cache: prompt and continuation.", "--context", metavar="N", show_default="the model's, or what fits"),
-    ] = None,
-    prefill_chunk: Annotated[int, option("Tokens of the prompt a pass.", "--prefill-chunk")] = 512,
     no_special: Annotated[bool, option("Take special tokens in the prompt, such as <|endoftext|>, as plain text.", "--no-special")] = False,
-    threads: Threads = None,
-    backend: Backend = "auto",
-    no_preload: Annotated[bool, option("Do not read a file ahead that is not in memory yet.", "--no-preload")] = False,
-    stats: Annotated[bool, option("Print counts, times and rates to stderr.", "--stats")] = False,
+    stats: Stats = False,
     json: Json = False,
+    *,
+    sampling: dict[str, Any],
+    running: dict[str, Any],
 ) -> None:
     """Continue a prompt.
 
@@ -82,16 +43,16 @@ def generate(
     began = time.perf_counter()
     text_or_ids = read_prompt(context, prompt, prompt_ids)
 
-    from ..models.generation import Settings, check_bounds, encode_prompt, settings_for
+    from ..models.generation import check_bounds, encode_prompt, settings_for
     from ..models.generation import generate as continue_prompt
 
-    given = {name: context.params[name] for name in context.params if name in Settings.__dataclass_fields__}
-    given |= {"stop": tuple(stop) if stop else None, "logprobs": 0 if json and logprobs is None else logprobs}
+    logprobs = sampling["logprobs"]
+    given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if json and logprobs is None else logprobs}
     check_bounds(given)
-    loaded = load(model, backend, threads, prefill_chunk, no_preload)
+    loaded = load(model, running)
     settings = settings_for(loaded.defaults, loaded.config, given)
     ids = encode_prompt(loaded, text_or_ids, special=not no_special)
-    room = loaded.context_for(context_size)
+    room = loaded.context_for(running["context_size"])
     loaded_at = time.perf_counter()
     events = continue_prompt(loaded, ids, settings, room)
     if not json:
@@ -106,25 +67,13 @@ def generate(
             "finish_reason": run.result.finish_reason,
             "usage": {"prompt_tokens": len(ids), "completion_tokens": run.result.completion_tokens},
             "timings": timings,
-            "settings": settings_entry(loaded, settings, room),
+            "settings": asdict(settings) | settings_entry(loaded, room),
         }
         output.write_json("generate", document)
     elif logprobs is not None:
         show_logprobs(loaded, run.tokens)
     if stats:
-        show_stats(run.result, timings, time.perf_counter() - began)
-
-
-def load(name: str, backend: str, threads: int | None, prefill_chunk: int, no_preload: bool) -> "LoadedModel":
-    """The model, its files read ahead with a bar of bytes where they are not in memory."""
-    from ..models.model import load as load_model
-    from ..models.preload import read_ahead
-
-    loaded = load_model(name, backend=backend, threads=threads, prefill_chunk=prefill_chunk)
-    if not no_preload:
-        with output.byte_bar(f"reading {name}") as progress:
-            read_ahead(loaded.checkpoint.shards, progress)
-    return loaded
+        show_stats(loaded, run.result, timings, time.perf_counter() - began)
 
 
 @dataclass
@@ -193,18 +142,6 @@ def finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def settings_entry(loaded: "LoadedModel", settings: "Settings", room: int) -> dict[str, Any]:
-    """All settings that had a part in the result, as they came out."""
-    rest = {
-        "model": loaded.files.name,
-        "context": room,
-        "prefill_chunk": loaded.prefill_chunk,
-        "threads": loaded.threads,
-        "backend": loaded.kernels.name,
-    }
-    return asdict(settings) | rest
-
-
 def show_logprobs(loaded: "LoadedModel", tokens: "list[Token]") -> None:
     """A line a token to stderr: its log-probability, and the likeliest in its place."""
     for token in tokens:
@@ -212,7 +149,7 @@ def show_logprobs(loaded: "LoadedModel", tokens: "list[Token]") -> None:
         output.say(output.one_line(f"{token.id:>7}  {token_text(loaded, token.id)!r:<16} {token.logprob:9.4f}  {top}".rstrip()))
 
 
-def show_stats(result: "Result", timings: dict[str, float | None], total_s: float) -> None:
+def show_stats(loaded: "LoadedModel", result: "Result", timings: dict[str, float | None], total_s: float) -> None:
     """Ollama's eight figures and the time to the first token, to stderr."""
     first, rate, prefill_s = timings["first_token_s"], timings["decode_tok_s"], result.prefill_s
     rows = [
@@ -226,5 +163,5 @@ def show_stats(result: "Result", timings: dict[str, float | None], total_s: floa
         ("eval rate", f"{rate:.1f} tokens/s" if rate else "-"),
         ("time to first token", f"{first:.3f} s" if first else "-"),
     ]
-    for name, value in rows:
+    for name, value in rows + mixture_rows(loaded):
         output.say(f"{name + ':':<22}{value}")

@@ -171,9 +171,18 @@ def shard_path(index: Path, name: str) -> Path:
     require_file(path)
     target = path.resolve()
     cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    cached |= any(target.is_relative_to(blobs) for blobs in shared_blobs(index))
     if not cached and not target.is_relative_to(index.parent.resolve()):
         raise ToyllmError(f"{path}: a link out of the model's folder, to {target}; put the file itself there")
     return path
+
+
+def shared_blobs(index: Path) -> list[Path]:
+    """Where the Hugging Face cache that holds this index keeps files for all its models: those that came through Xet."""
+    snapshot = index.absolute().parent
+    if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
+        return [snapshot.parents[2].resolve() / "blobs"]
+    return []
 
 
 def map_file(path: Path) -> tuple[mmap.mmap, list[Tensor]]:

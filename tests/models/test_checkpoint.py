@@ -327,6 +327,20 @@ def test_links_into_the_hugging_face_cache_are_followed_and_no_others(sharded, t
         open_index(snapshot)
 
 
+def test_a_shard_may_be_a_link_to_a_file_that_the_whole_cache_shares(tmp_path: Path, sharded: Path) -> None:
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    sharded.rename(snapshot)
+    (hub / "blobs" / "ab").mkdir(parents=True)
+    (hub / "models--a--b" / "blobs").mkdir()
+    for path in snapshot.glob("model-*"):
+        path.rename(hub / "blobs" / "ab" / path.name)
+        (hub / "models--a--b" / "blobs" / path.name).symlink_to(Path("../../blobs/ab") / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    assert list(open_index(snapshot).tensors) == ["b", "c", "a"]
+
+
 def duplicate_shard(folder: Path) -> None:
     (folder / "copy.safetensors").write_bytes((folder / SHARD).read_bytes())
     write_index(folder, {"b": "copy.safetensors", "c": SHARD})

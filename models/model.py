@@ -75,8 +75,10 @@ class Model:
 
         if needs(wanted or most) <= room:
             return wanted or most
-        fits = max(1, bisect_right(range(most + 1), room, key=needs) - 1)
+        fits = bisect_right(range(1, most + 1), room, key=needs)
         figures = f"the KV cache takes {needs(wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
+        if not fits:
+            raise ToyllmError(f"no context fits in memory: {figures}; close other programs, or take a smaller model")
         if wanted is not None:
             raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
         log.info("context reduced from %d to %d: %s", most, fits, figures)

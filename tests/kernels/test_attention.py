@@ -9,7 +9,7 @@ from toyllm.kernels.attention import BLOCK, NO_SINKS, SCRATCH, attention, attent
 from toyllm.kernels.dtypes import to_bf16, widen
 from toyllm.kernels.threads import thread_scratch
 
-TOLERANCE = 1e-6  # reached: 5e-7; the design asks for 1e-5
+TOLERANCE = 2e-6  # reached: 8e-7; the design asks for 1e-5
 
 
 @dataclass(frozen=True)

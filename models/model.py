@@ -180,6 +180,10 @@ def load(
     files = find_model(name)
     family, config = load_config(files)
     checkpoint = open_checkpoint(files)
+
+    from ..kernels.host import compile_for
+
+    backend = compile_for(backend)
     weights = family.load_weights(checkpoint, config)
     tokenizer = load_tokenizer(files)
 

@@ -17,23 +17,14 @@ from numba import prange
 
 from .checks import check_array
 from .errors import ToyllmError
+from .fp4 import BLOCK, CODES, SCALES, dequantize_reference
 from .jit import kernel
 from .matmul import NO_BIAS, OUTPUTS, ROWS, TOKENS, dot_row, dot_tokens
 from .simd.fp4 import expand_row, fp4_tile
 from .threads import thread_scratch
 
-BLOCK = 32  # values that share a scale
-CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # E2M1
-SCALES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))  # E8M0: 2^(s − 127), 255 is NaN
-
 one_rows, one_row = fp4_tile(ROWS), fp4_tile(1)
 U8 = np.dtype(np.uint8)
-
-
-def dequantize_reference(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """f32 [N, K] by the table, in NumPy."""
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], BLOCK)
-    return (CODES[codes] * SCALES[scales][..., None]).reshape(*blocks.shape[:-2], -1)
 
 
 def matmul_mxfp4_reference(x: np.ndarray, blocks: np.ndarray, scales: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from .checks import check_array
 from .elementary import exp
 from .errors import ToyllmError
-from .jit import kernel
+from .jit import inline, kernel
 
 NORMALIZATIONS = ("softmax", "linear")
 
@@ -23,13 +23,19 @@ def route_reference(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]
     return experts, weights / weights.sum(-1, keepdims=True)
 
 
+@inline
+def _above(a, b):
+    """Whether logit a comes before b, which has the lower index."""
+    return a > b or (np.isnan(b) and not np.isnan(a))
+
+
 @kernel
 def _route(logits, k, linear, experts, weights):
     T, E = logits.shape
     for t in range(T):
         for e in range(E):
             at = min(e, k)
-            while at > 0 and not logits[t, experts[t, at - 1]] >= logits[t, e]:
+            while at > 0 and _above(logits[t, e], logits[t, experts[t, at - 1]]):
                 if at < k:
                     experts[t, at] = experts[t, at - 1]
                 at -= 1

@@ -25,7 +25,6 @@ from .errors import ToyllmError
 from .jit import exact, kernel
 from .matmul import ROWS
 from .mxfp4 import BLOCK, SCALES, one_row, one_rows, split_halves
-from .routing import route_reference
 
 ONE = np.float32(1)
 log = logging.getLogger("toyllm")
@@ -104,8 +103,8 @@ def everything(experts: np.ndarray, weights: np.ndarray, E: int) -> list[Assignm
 
 
 def budget_for(T: int, k: int, E: int, ratio: float) -> int:
-    """Tokens an expert may take: floor(ratio · T · k / E), at least 1, rounded up to a multiple of 8."""
-    return -(-max(1, int(ratio * T * k / E)) // 8) * 8
+    """Tokens an expert may take: floor(ratio · T · k / E), at least 1, rounded up to a multiple of 8. More than T is as T."""
+    return -(-max(1, int(min(ratio * T * k / E, T))) // 8) * 8
 
 
 def within_budget(logits: np.ndarray, k: int, budget: int) -> tuple[list[Assignment], int]:
@@ -116,12 +115,9 @@ def within_budget(logits: np.ndarray, k: int, budget: int) -> tuple[list[Assignm
     those logits; one that nobody took gets nothing.
     """
     T, E = logits.shape
-    order, p = route_reference(logits.astype(np.float64), E)
-    rank = np.empty((T, E), np.int64)
-    np.put_along_axis(rank, order, np.arange(1, E + 1)[None].repeat(T, 0), 1)
-    preference = np.empty((T, E))
-    np.put_along_axis(preference, order, p, 1)
-    preference **= rank
+    rank = np.argsort(np.argsort(-logits, axis=1, kind="stable"), axis=1) + 1
+    below = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    preference = rank * (below - np.log(np.exp(below).sum(1, keepdims=True)))  # in logarithms: most powers of many experts are 0
     taken = np.zeros((T, E), bool)
     for e in range(E):
         taken[np.argsort(-preference[:, e], kind="stable")[:budget], e] = True

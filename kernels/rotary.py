@@ -23,7 +23,7 @@ def yarn_frequencies(
     """
     half = Dh / 2
     frequencies = base ** (-np.arange(0, Dh, 2) / Dh)
-    low, high = (half * math.log(original_context / (beta * 2 * math.pi)) / math.log(base) for beta in (beta_fast, beta_slow))
+    low, high = (half * (math.log(original_context / (2 * math.pi)) - math.log(beta)) / math.log(base) for beta in (beta_fast, beta_slow))
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, Dh - 1)

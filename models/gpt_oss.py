@@ -20,7 +20,7 @@ from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
 from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
 from .checkpoint import Checkpoint
-from .config import positive, size
+from .config import LARGEST, positive, size
 from .taps import Tap, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
@@ -108,11 +108,13 @@ def normalise(document: dict[str, Any]) -> dict[str, Any]:
         settings = document.get(place)
         if isinstance(settings, dict):
             flat |= {ROPE_SPELLINGS[key]: value for key, value in settings.items() if key in ROPE_SPELLINGS}
+        elif settings is not None:
+            flat["rope_type"] = settings  # to be refused there
     if "initial_context_length" in document:
         flat.setdefault("rope_original_context", document["initial_context_length"])
-        factor = flat.get("rope_factor")
-        if isinstance(factor, (int, float)) and type(document["initial_context_length"]) is int:
-            flat.setdefault("max_position_embeddings", int(document["initial_context_length"] * factor))
+        factor, length = flat.get("rope_factor"), document["initial_context_length"]
+        if isinstance(factor, (int, float)) and isinstance(length, int) and 1 <= factor <= LARGEST and 1 <= length <= LARGEST:
+            flat.setdefault("max_position_embeddings", int(length * factor))
     if "rope_scaling" in document and document["rope_scaling"] is None and "rope_parameters" not in document:
         flat["rope_type"] = "default"
     if flat.get("layer_types", ...) is None:
@@ -134,6 +136,10 @@ def check(c: Config, where: Path) -> None:
         raise wrong("num_experts_per_tok", f"{c.num_experts_per_tok} experts a token, but the model has {c.num_local_experts}")
     if c.rope_type not in ("yarn", "default"):
         raise wrong("rope_type", f"expected yarn or default, found {c.rope_type!r}")
+    if c.rope_theta <= 1:
+        raise wrong("rope_theta", f"expected a number above 1, found {c.rope_theta:g}")
+    if not 1 <= c.rope_factor <= LARGEST:
+        raise wrong("rope_factor", f"expected 1 to {LARGEST}, found {c.rope_factor:g}")
     if c.layer_types is not None:
         if len(c.layer_types) != c.num_hidden_layers:
             raise wrong("layer_types", f"{len(c.layer_types)} entries for num_hidden_layers {c.num_hidden_layers}")

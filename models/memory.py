@@ -1,0 +1,155 @@
+"""What it takes to run a model, known before it is loaded: memory piece by piece, and the bytes and operations of a decoded token.
+
+A plan is a tuple of `Allocation`s. Whoever makes them marks them allocated or failed, so that one table shows what was planned and what
+came of it. Weights are pages of the memory map, which the system may drop and read again; all else has to stay.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ..kernels.errors import ToyllmError
+from .cache import BLOCK, DTYPES
+from .params import Anatomy, Part, Sizes, one_layer, sizes
+
+PLANNED, ALLOCATED, FAILED = "planned", "allocated", "failed"
+KINDS = ("weights", "widened", "cache", "work")
+ENGINE = 256 * 2**20  # bytes for the interpreter, the compiled kernels and what they allocate in passing
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model would run."""
+
+    context: int
+    cache_dtype: str = "f32"
+    prefill_chunk: int = 512
+
+
+def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int) -> Running:
+    """Checked; a `context` of None is the model's. Raises ToyllmError."""
+    most = a.config.context
+    if context is not None and not 1 <= context <= most:
+        raise ToyllmError(f"--context {context}: expected 1 to {most}, the positions this model knows")
+    if cache_dtype not in DTYPES:
+        raise ToyllmError(f"--cache-dtype {cache_dtype}: expected {' or '.join(DTYPES)}")
+    if prefill_chunk < 1:
+        raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
+    return Running(most if context is None else context, cache_dtype, prefill_chunk)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One piece of memory."""
+
+    part: str  # "input", "layer 3", "head", "buffers", "engine"
+    kind: str  # of KINDS: mapped weights, their f32 copies, keys and values, work space
+    nbytes: int
+    status: str = PLANNED
+
+
+def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
+    """Everything that the part allocates for one sequence, in the order of a forward pass."""
+
+    def weights(name: str, layer: int | None, head: bool = False) -> list[Allocation]:
+        mine = [e for e in part.entries if e.layer == layer and (layer is not None or head != e.looked_up)]
+        figures = {"weights": sum(e.nbytes for e in mine), "widened": sum(e.widened for e in mine)}
+        return [Allocation(name, kind, nbytes) for kind, nbytes in figures.items() if nbytes]
+
+    pieces = weights("input", None)
+    for i in part.layers:
+        pieces += weights(f"layer {i}", i)
+        nbytes = a.family.cache_bytes(one_layer(a.config, i), run.context, run.prefill_chunk, run.cache_dtype) // part.shards
+        pieces.append(Allocation(f"layer {i}", "cache", nbytes))
+    pieces += weights("head", None, head=True)
+    return (*pieces, Allocation("buffers", "work", buffer_bytes(a, part, run)), Allocation("engine", "work", ENGINE))
+
+
+def buffer_bytes(a: Anatomy, part: Part, run: Running) -> int:
+    """Bytes of the family's `Buffers` and of the logits; of the experts' passing ones, those for twice the average share of a chunk."""
+    s, rows = sizes(a.config), min(run.prefill_chunk, run.context)
+    H, G, F = s.H // part.shards, s.G // part.shards, s.F if s.E else s.F // part.shards
+    Q, KV = H * s.Dh, G * s.Dh
+    if s.E:
+        cells = rows * (3 * s.D + 2 * Q + 2 * KV + s.E + s.k) + 3 * s.k * F + s.D
+        crowd = min(rows, -(-2 * rows * s.k // s.E))
+        nbytes = 4 * (cells + crowd * (2 * s.D + 3 * F)) + 8 * rows * s.k
+    else:
+        nbytes = 4 * rows * (3 * s.D + Q + 2 * KV + 2 * Q + F)
+    panel = 64 * (max(s.D, F, Q if s.E else 0) + 1)  # of the widest kernels
+    logits = s.V if any(e.multiplied and e.component in ("embedding", "head") for e in part.entries) else 0
+    return nbytes + 4 * (threads() * (panel + 3 * BLOCK) + logits)
+
+
+def threads() -> int:
+    """The most threads that kernels may run on, each with scratch of its own: as Numba finds them."""
+    given = os.environ.get("NUMBA_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def mark(pieces: Iterable[Allocation], kind: str, status: str) -> tuple[Allocation, ...]:
+    """The plan with all pieces of a kind allocated, or failed."""
+    return tuple(replace(p, status=status) if p.kind == kind else p for p in pieces)
+
+
+def total(pieces: Iterable[Allocation], *kinds: str) -> int:
+    """Bytes of the pieces of these kinds; of all, without any."""
+    return sum(p.nbytes for p in pieces if not kinds or p.kind in kinds)
+
+
+def memory_rows(pieces: Iterable[Allocation]) -> list[tuple[str, dict[str, int], str]]:
+    """A plan as a table: a row a part with the bytes of each kind, and its status, or its statuses by kind where they differ."""
+    rows: dict[str, list[Allocation]] = {}
+    for piece in pieces:
+        rows.setdefault(piece.part, []).append(piece)
+
+    def status(mine: list[Allocation]) -> str:
+        if len({p.status for p in mine}) == 1:
+            return mine[0].status
+        return ", ".join(f"{p.kind} {p.status}" for p in mine)
+
+    return [(part, {p.kind: p.nbytes for p in mine}, status(mine)) for part, mine in rows.items()]
+
+
+def verdict(needed: int, mapped: int, available: int | None) -> str:
+    """Whether so many bytes, so many of them mapped weights, fit into what is available, in words."""
+    if available is None:
+        return "unknown: this system does not tell its available memory"
+    if needed <= available:
+        return "fits"
+    if needed - mapped <= available:
+        return "does not fit: it would run, but read weights from the disk for every token"
+    return "does not fit"
+
+
+# ---- a decoded token --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """What decoding one token takes, at the last position of the context."""
+
+    weight_bytes: int  # as stored
+    cache_bytes: int
+    flops: int  # of matrix products and attention
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return self.weight_bytes + self.cache_bytes
+
+    def rate(self, bandwidth: float) -> float:
+        """The most tokens a second at so many bytes a second."""
+        return bandwidth / self.nbytes if self.nbytes else 0.0
+
+
+def per_token(a: Anatomy, part: Part, run: Running) -> PerToken:
+    """Bytes and operations of one decoded token in a part."""
+    s: Sizes = sizes(a.config)
+    seen = sum(min(run.context, s.windows[i] or run.context) for i in part.layers)
+    cell = 2 * s.G // part.shards * s.Dh * DTYPES[run.cache_dtype].itemsize
+    attention = 4 * s.H // part.shards * s.Dh * seen  # q · k and the sum of v, a product and a sum each
+    return PerToken(sum(e.read for e in part.entries), cell * seen, sum(e.flops for e in part.entries) + attention)

@@ -71,10 +71,13 @@ class CausalCache:
         An empty sequence may start at any position. Raises CacheFull where a sequence has no room, ToyllmError where a position does
         not follow the stored ones; then nothing has changed.
         """
-        self._place(sequences, self._indices(positions, sequences))
+        self.take(sequences, *self.plan(positions, sequences))
 
-    def _indices(self, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
-        """Each token's index in its sequence, int64 [T], once all of the batch has been found to fit."""
+    def plan(self, positions: np.ndarray, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `take` needs for a batch that fits; raises as `start_forward` does, and changes nothing.
+
+        Each token's index in its sequence, int64 [T], and how many positions each sequence will have seen, and the first of them.
+        """
         indices = np.empty(len(positions), np.int64)
         stored, first = self._stored.copy(), self._first.copy()
         for sequence in dict.fromkeys(sequences.tolist()):
@@ -91,8 +94,12 @@ class CausalCache:
                 raise CacheFull(f"sequence {sequence}: {index[-1] + 1} positions do not fit a KV cache of {self.capacity}")
             indices[mine] = index
             stored[sequence] += len(mine)
+        return indices, stored, first
+
+    def take(self, sequences: np.ndarray, indices: np.ndarray, stored: np.ndarray, first: np.ndarray) -> None:
+        """Take the cells of a batch that `plan` has found to fit."""
         self._stored, self._first = stored, first
-        return indices
+        self._place(sequences, indices)
 
     def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
         self._new = sequences * self._slab + indices
@@ -135,11 +142,12 @@ class SlidingWindowCache(CausalCache):
         del capacity
         return self._ring
 
-    def _indices(self, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    def plan(self, positions: np.ndarray, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As every cache's; a ring also refuses more tokens of a sequence at once than it was made for."""
         most = max(sequences.tolist().count(sequence) for sequence in set(sequences.tolist()))
         if most > self._max_batch and self._ring < self.capacity:
             raise ToyllmError(f"{most} tokens of a sequence in one pass: expected at most {self._max_batch}, which the ring was made for")
-        return super()._indices(positions, sequences)
+        return super().plan(positions, sequences)
 
     def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
         self._new = sequences * self._ring + indices % self._ring
@@ -180,9 +188,10 @@ class WrapperCache:
         return self.caches[0].next_position(sequence)
 
     def start_forward(self, positions: np.ndarray, sequences: np.ndarray) -> None:
-        """As each member's; they refuse the same batches, so the first refuses before any has changed."""
-        for cache in self.caches:
-            cache.start_forward(positions, sequences)
+        """As each member's: one refuses before any has changed."""
+        plans = [cache.plan(positions, sequences) for cache in self.caches]
+        for cache, plan in zip(self.caches, plans, strict=True):
+            cache.take(sequences, *plan)
 
     def set_layer(self, layer: int) -> None:
         """Choose the layer that `put`, `keys` and `values` mean."""
@@ -191,4 +200,6 @@ class WrapperCache:
         self.member.set_layer(own)
 
     def __getattr__(self, name: str):
+        if name == "member":  # not there yet, as while one is being copied
+            raise AttributeError(name)
         return getattr(self.member, name)

@@ -4,20 +4,33 @@
 `rms_norm`:   y = x / √(mean(x²) + ε) · weight                            (Zhang, Sennrich 2019, arXiv:1910.07467)
 
 x, y f32 [T, D], C-contiguous; weight, bias f32 [D]; the variance is the biased one, ε inside the root. In f32 throughout.
-A NaN or infinity makes its own row NaN, no other. Cost: 3 (RMSNorm 2) reads and a write of T·D.
+A NaN makes its own row NaN, no other; so does an infinity in LayerNorm, while in RMSNorm it becomes NaN and the rest of its row 0.
+Cost: 3 (RMSNorm 2) reads and a write of T·D.
 """
 
 import numpy as np
 from numba import prange
 
 from .checks import check_array
-from .jit import inline, kernel
+from .jit import exact, inline, kernel
 
 
 def layer_norm_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float, out: np.ndarray) -> None:
     """The formula in NumPy; f64 in, f64 arithmetic."""
     centred = x - x.mean(-1, keepdims=True)
     out[...] = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + epsilon) * weight + bias
+
+
+@exact
+def _scale(squares, width, epsilon):
+    """1 / √(squares / width + ε), without the compiler's approximate root: it would make NaN of infinity."""
+    return np.float32(1) / np.sqrt(np.float32(squares / np.float32(width)) + np.float32(epsilon))
+
+
+@exact
+def _scaled(x, scale, weight):
+    """In this order: a relaxed one may differ between the vector loop and the plain loop that runs where arrays lie close."""
+    return x * scale * weight
 
 
 @inline
@@ -31,9 +44,9 @@ def _row(x, weight, bias, epsilon, out):
     for i in range(width):
         d = x[i] - mean
         squares += d * d
-    scale = np.float32(1) / np.sqrt(np.float32(squares / np.float32(width)) + np.float32(epsilon))
+    scale = _scale(squares, width, epsilon)
     for i in range(width):
-        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+        out[i] = _scaled(x[i] - mean, scale, weight[i]) + bias[i]
 
 
 @kernel
@@ -57,9 +70,9 @@ def _rms_row(x, weight, epsilon, out):
     squares = np.float32(0)
     for i in range(x.shape[0]):
         squares += x[i] * x[i]
-    scale = np.float32(1) / np.sqrt(np.float32(squares / np.float32(x.shape[0])) + np.float32(epsilon))
+    scale = _scale(squares, x.shape[0], epsilon)
     for i in range(x.shape[0]):
-        out[i] = x[i] * scale * weight[i]
+        out[i] = _scaled(x[i], scale, weight[i])
 
 
 @kernel

@@ -65,6 +65,17 @@ class CausalCache:
         """The position that follows the stored ones; None while the sequence is empty, when any may come."""
         return int(self._first[sequence] + self._stored[sequence]) if self._stored[sequence] else None
 
+    def can_resume(self, length: int, sequence: int = 0) -> bool:
+        """Whether a sequence can go on behind its first `length` positions: all that the next one sees is stored."""
+        return 0 <= length <= self._stored[sequence]
+
+    def truncate(self, length: int, sequence: int = 0) -> bool:
+        """Forget all of a sequence but its first `length` positions. False, and nothing has changed, where it could not go on there."""
+        if not self.can_resume(length, sequence):
+            return False
+        self._stored[sequence] = length
+        return True
+
     def start_forward(self, positions: np.ndarray, sequences: np.ndarray) -> None:
         """Take a cell for each token of the batch (int64 [T] both; a sequence's tokens in order).
 
@@ -149,6 +160,11 @@ class SlidingWindowCache(CausalCache):
             raise ToyllmError(f"{most} tokens of a sequence in one pass: expected at most {self._max_batch}, which the ring was made for")
         return super().plan(positions, sequences)
 
+    def can_resume(self, length: int, sequence: int = 0) -> bool:
+        """As every cache's; and nothing that the next position sees has been overwritten."""
+        overwritten = max(0, int(self._stored[sequence]) - self._ring)  # the positions before this one
+        return super().can_resume(length, sequence) and max(0, length - self.window + 1) >= min(length, overwritten)
+
     def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
         self._new = sequences * self._ring + indices % self._ring
         self.begin, self.end = np.empty_like(indices), np.empty_like(indices)
@@ -186,6 +202,14 @@ class WrapperCache:
     def next_position(self, sequence: int = 0) -> int | None:
         """The position that follows the stored ones; None while the sequence is empty."""
         return self.caches[0].next_position(sequence)
+
+    def can_resume(self, length: int, sequence: int = 0) -> bool:
+        """Whether all members can."""
+        return all(cache.can_resume(length, sequence) for cache in self.caches)
+
+    def truncate(self, length: int, sequence: int = 0) -> bool:
+        """As each member's: all of them, or none."""
+        return self.can_resume(length, sequence) and all(cache.truncate(length, sequence) for cache in self.caches)
 
     def start_forward(self, positions: np.ndarray, sequences: np.ndarray) -> None:
         """As each member's: one refuses before any has changed."""

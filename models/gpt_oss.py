@@ -360,10 +360,13 @@ def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str 
     """A KV cache for so many sequences: rings of window + chunk on sliding layers, `capacity` positions on the others."""
     sliding = c.sliding
     shape = (c.num_key_value_heads, c.head_dim, sequences, capacity)
-    rings = SlidingWindowCache(sum(sliding), *shape, c.sliding_window, chunk, dtype, poison)
-    whole = CausalCache(len(sliding) - sum(sliding), *shape, dtype, poison)
-    layers = [(0, sum(sliding[:i])) if slides else (1, i - sum(sliding[:i])) for i, slides in enumerate(sliding)]
-    return WrapperCache((rings, whole), layers)
+    caches: list[CausalCache] = []
+    if any(sliding):
+        caches.append(SlidingWindowCache(sum(sliding), *shape, c.sliding_window, chunk, dtype, poison))
+    if not all(sliding):
+        caches.append(CausalCache(len(sliding) - sum(sliding), *shape, dtype, poison))
+    layers = [(0 if slides else len(caches) - 1, sliding[:i].count(slides)) for i, slides in enumerate(sliding)]
+    return WrapperCache(caches, layers)
 
 
 def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:

@@ -69,13 +69,13 @@ def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
 
 
 def buffer_bytes(a: Anatomy, part: Part, run: Running) -> int:
-    """Bytes of the family's `Buffers` and of the logits; of the experts' passing ones, those for twice the average share of a chunk."""
+    """Bytes of the family's `Buffers` and of the logits; of the experts' passing ones, those for the average share of a chunk."""
     s, rows = sizes(a.config), min(run.prefill_chunk, run.context)
     H, G, F = s.H // part.shards, s.G // part.shards, s.F if s.E else s.F // part.shards
     Q, KV = H * s.Dh, G * s.Dh
     if s.E:
         cells = rows * (3 * s.D + 2 * Q + 2 * KV + s.E + s.k) + 3 * s.k * F + s.D
-        crowd = min(rows, -(-2 * rows * s.k // s.E))
+        crowd = -(-rows * s.k // s.E)
         nbytes = 4 * (cells + crowd * (2 * s.D + 3 * F)) + 8 * rows * s.k
     else:
         nbytes = 4 * rows * (3 * s.D + Q + 2 * KV + 2 * Q + F)

@@ -17,13 +17,15 @@ def open_streams() -> bool:
     """
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: PTH123, SIM115 - for as long as the process lives
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
-    streams: Any = ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace"))
-    for stream, errors in streams:
-        if stream is not None:
-            stream.reconfigure(encoding="utf-8", errors=errors)
+    stderr: Any = sys.stderr
+    stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     if sys.stdout is None:
         say("error: stdout is closed, so there is nowhere to write to; redirect it to a file or to /dev/null")
-    return sys.stdout is not None
+        return False
+    # Opened anew: under PYTHONUNBUFFERED Python's own does not notice when the system takes only a part of what it writes.
+    number = sys.stdout.fileno()
+    sys.stdout = open(number, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: PTH123, SIM115
+    return True
 
 
 def write(text: str) -> None:

@@ -22,9 +22,10 @@ from numba import prange
 
 from .elementary import exp
 from .errors import ToyllmError
+from .fp4 import BLOCK, SCALES
 from .jit import exact, kernel
 from .matmul import ROWS
-from .mxfp4 import BLOCK, SCALES, one_row, one_rows, split_halves
+from .mxfp4 import one_rows, split_halves
 
 ONE = np.float32(1)
 log = logging.getLogger("toyllm")
@@ -181,24 +182,18 @@ def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
 
 @kernel(parallel=True, strict=True)
 def _single_down(z, blocks, scales, table, bias, experts, weights, out, panels):
-    """out f32 [1, D]: each row of down of every chosen expert, weighed and summed."""
+    """out f32 [1, D]: each row of down of every chosen expert, weighed and summed; D is a multiple of BLOCK, and so of ROWS."""
     _, N, n, _ = blocks.shape
     w_at, s_at, t_at, z_at = blocks.ctypes.data, scales.ctypes.data, table.ctypes.data, z.ctypes.data
-    for task in prange((N + ROWS - 1) // ROWS):
+    for task in prange(N // ROWS):
         y = panels[numba.get_thread_id()]
         first = task * ROWS
-        last = min(first + ROWS, N)
-        for j in range(first, last):
+        for j in range(first, first + ROWS):
             out[0, j] = 0
         for i in range(len(experts)):
             row = experts[i] * N + first
-            at = z_at + i * n * BLOCK * 4
-            if last - first == ROWS:
-                one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, at, n, y.ctypes.data)
-            else:
-                for j in range(last - first):
-                    one_row(w_at + (row + j) * n * 16, 0, s_at + (row + j) * n, 0, t_at, at, n, y.ctypes.data + 4 * j)
-            for j in range(last - first):
+            one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, z_at + i * n * BLOCK * 4, n, y.ctypes.data)
+            for j in range(ROWS):
                 y[j] += bias[experts[i], first + j]
                 out[0, first + j] += weights[i] * y[j]
 

@@ -10,6 +10,7 @@ from typer.main import get_command
 from ..kernels.errors import ToyllmError
 from . import output
 from .detokenize import detokenize
+from .dump_tensor import dump_tensor
 from .generate import generate
 from .models import models
 from .pull import pull
@@ -49,7 +50,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, tokenize, detokenize, models, pull):
+for command in (generate, tokenize, detokenize, models, dump_tensor, pull):
     app.command()(command)
 
 

@@ -16,8 +16,6 @@ from toyllm.models.recipe import corpus, mxfp4
 from toyllm.models.recipe.export import export
 from toyllm.models.recipe.script import published
 
-SHARED = Path(__file__).parents[3] / "shared" / "assets" / "embedded-models"
-
 BOOK = """The Project Gutenberg EBook of Two Tales
 
 *** START OF THIS PROJECT GUTENBERG EBOOK
@@ -192,17 +190,7 @@ def as_trained(folder: Path, out: Path) -> None:
     (out / "training.json").write_bytes((folder / "training.json").read_bytes())
 
 
-@pytest.mark.parametrize(
-    ("architecture", "folder"),
-    [
-        ("gpt2", EMBEDDED / "tales-gpt2"),
-        pytest.param(
-            "gpt_oss",
-            SHARED / "tales-gpt-oss",
-            marks=pytest.mark.skipif(not (SHARED / "tales-gpt-oss").is_dir(), reason="needs tales-gpt-oss"),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("architecture", "folder"), [("gpt2", EMBEDDED / "tales-gpt2"), ("gpt_oss", EMBEDDED / "tales-gpt-oss")])
 def test_export_of_the_shipped_weights_gives_the_shipped_files(tmp_path, architecture, folder):
     as_trained(folder, tmp_path / "trained")
     export(architecture, tmp_path / "trained", folder, tmp_path / "out")

@@ -78,10 +78,10 @@ def run(arguments: list[str]) -> int:
     except SystemExit as ending:
         if not isinstance(ending.__context__, BrokenPipeError):
             raise
-        # Typer ends like this when the reader has had enough (`| head`): nothing is left to say, nor to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()  # Typer ends like this when the reader has had enough (`| head`): nothing is left to say
         return DONE
     except (ToyllmError, OSError) as error:
+        give_up_stdout()
         if os.environ.get("TOYLLM_DEBUG"):
             raise
         return fail(str(error), FAILED)
@@ -94,6 +94,14 @@ def origin(error: Any) -> str:
         return ""
     source = context.get_parameter_source(parameter.name)
     return f" (from {parameter.envvar})" if source and source.name == "ENVIRONMENT" else ""
+
+
+def give_up_stdout() -> None:
+    """Drop what stdout does not take any more: Python's own flush at exit would fail on it once again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int) -> int:

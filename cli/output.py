@@ -24,7 +24,7 @@ def open_streams() -> bool:
         return False
     # Opened anew: under PYTHONUNBUFFERED Python's own does not notice when the system takes only a part of what it writes.
     number = sys.stdout.fileno()
-    sys.stdout = open(number, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = open(number, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     return True
 
 

@@ -148,6 +148,7 @@ class SlidingWindowCache(CausalCache):
         self.window, self._max_batch = window, max_batch
         self._ring = min(window + max_batch - 1, capacity)
         super().__init__(layers, kv_heads, head_dim, max_sequences, capacity, dtype, poison)
+        self._lost = np.zeros(max_sequences, np.int64)  # positions overwritten when a sequence last stepped back
 
     def _slab_for(self, capacity: int) -> int:
         del capacity
@@ -162,8 +163,19 @@ class SlidingWindowCache(CausalCache):
 
     def can_resume(self, length: int, sequence: int = 0) -> bool:
         """As every cache's; and nothing that the next position sees has been overwritten."""
-        overwritten = max(0, int(self._stored[sequence]) - self._ring)  # the positions before this one
-        return super().can_resume(length, sequence) and max(0, length - self.window + 1) >= min(length, overwritten)
+        return super().can_resume(length, sequence) and max(0, length - self.window + 1) >= min(length, self._overwritten(sequence))
+
+    def truncate(self, length: int, sequence: int = 0) -> bool:
+        """As every cache's; what was overwritten before the step back stays so."""
+        lost = self._overwritten(sequence)
+        done = super().truncate(length, sequence)
+        if done:
+            self._lost[sequence] = lost if length else 0
+        return done
+
+    def _overwritten(self, sequence: int) -> int:
+        """How many of a sequence's first positions are no longer stored."""
+        return max(int(self._lost[sequence]), int(self._stored[sequence]) - self._ring)
 
     def _place(self, sequences: np.ndarray, indices: np.ndarray) -> None:
         self._new = sequences * self._ring + indices % self._ring

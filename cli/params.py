@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from ..models.location import ModelFiles
     from ..models.memory import Allocation, Running
-    from ..models.params import Anatomy, Entry, Part
+    from ..models.params import Anatomy, Entry
+    from ..models.parts import Part
 
 DEPTH = 16  # of the tree: no model's names have more parts, a hostile file's may
 PLANNING = {name: RUNNING[name] for name in ("context_size", "cache_dtype", "prefill_chunk")}
@@ -57,21 +58,21 @@ def params(
     if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise typer.BadParameter(f"--bandwidth {bandwidth}: expected a number above 0")
 
-    from ..models import memory
-    from ..models import params as counting
+    from ..models import memory, parts
+    from ..models.params import anatomy
 
-    a = counting.anatomy(model_files(model, config))
+    a = anatomy(model_files(model, config))
     run = memory.running(a, planning["context_size"], planning["cache_dtype"], planning["prefill_chunk"])
-    parts = counting.split(a, fractions(split)) if split is not None else counting.shards(a, shards) if shards is not None else []
+    cut = parts.split(a, fractions(split)) if split is not None else parts.shards(a, shards) if shards is not None else []
     if json:
-        output.write_json("params", {"model": model if config is None else str(config), **document(a, run, parts, bandwidth, tree)})
+        output.write_json("params", {"model": model if config is None else str(config), **document(a, run, cut, bandwidth, tree)})
         return
     if tree:
         output.table(("tensor", "dtype", "shape", "parameters", "bytes"), tree_rows(a.entries), right=(3, 4))
         return
     show_counts(a, layers)
-    if parts:
-        show_parts([part_figures(a, part, run, bandwidth) for part in parts])
+    if cut:
+        show_parts([part_figures(a, part, run, bandwidth) for part in cut])
     else:
         show_memory(a, run, bandwidth)
 
@@ -158,7 +159,7 @@ def part_figures(a: "Anatomy", part: "Part", run: "Running", bandwidth: float | 
 
 def document(a: "Anatomy", run: "Running", parts: "list[Part]", bandwidth: float | None, tree: bool) -> dict[str, Any]:
     """All figures as one JSON document; the tensors only with `tree`."""
-    from ..models.params import whole
+    from ..models.parts import whole
 
     figures = part_figures(a, whole(a), run, bandwidth)
     document = {
@@ -230,7 +231,7 @@ def memory_table(pieces: "Iterable[Allocation]") -> list[tuple[str, ...]]:
 def show_memory(a: "Anatomy", run: "Running", bandwidth: float | None) -> None:
     """The memory plan, whether it fits, and what a token costs."""
     from ..models.memory import KINDS, plan, total
-    from ..models.params import whole
+    from ..models.parts import whole
 
     part = whole(a)
     pieces = plan(a, part, run)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..kernels.errors import ToyllmError
 from .cache import BLOCK, DTYPES
-from .params import Anatomy, Part, Sizes, one_layer, sizes
+from .params import Anatomy, one_layer, sizes
+from .parts import Part
 
 PLANNED, ALLOCATED, FAILED = "planned", "allocated", "failed"
 KINDS = ("weights", "widened", "cache", "work")
@@ -148,7 +149,7 @@ class PerToken:
 
 def per_token(a: Anatomy, part: Part, run: Running) -> PerToken:
     """Bytes and operations of one decoded token in a part."""
-    s: Sizes = sizes(a.config)
+    s = sizes(a.config)
     seen = sum(min(run.context, s.windows[i] or run.context) for i in part.layers)
     cell = 2 * s.G // part.shards * s.Dh * DTYPES[run.cache_dtype].itemsize
     attention = 4 * s.H // part.shards * s.Dh * seen  # q · k and the sum of v, a product and a sum each

@@ -1,7 +1,6 @@
 """Counting from headers and configurations: published totals, every byte, parts that add up, and the memory that a model takes."""
 
 import json
-import os
 import runpy
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import pytest
 import toyllm
 from toyllm.kernels.errors import ToyllmError
 from toyllm.models import memory
-from toyllm.models.checkpoint import Checkpoint
+from toyllm.models.checkpoint import Checkpoint, open_checkpoint
 from toyllm.models.location import ModelFiles, find_model
-from toyllm.models.params import Anatomy, anatomy, count, shards, split, whole
+from toyllm.models.params import Anatomy, anatomy, count, file_sizes
+from toyllm.models.parts import shards, split, whole
 
 hollow = runpy.run_path(str(Path(__file__).parents[1] / "hollow.py"))
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
@@ -72,11 +72,20 @@ def test_headers_give_the_same_and_every_byte_of_the_files(tmp_path: Path, monke
     assert (sums.parameters, sums.active, sums.nbytes) == (20_914_757_184, 3_608_307_264, 13_761_264_768)
     assert sums.bits == pytest.approx(8 * 13_761_264_768 / 20_914_757_184)
     (file,) = found.files
-    assert file.header + file.tensors == file.nbytes == os.stat(tmp_path / "model.safetensors").st_size
+    assert file.header + file.tensors == file.nbytes == (tmp_path / "model.safetensors").stat().st_size
     assert file.tensors == 13_761_264_768
     assert {e.name: (e.dtype, e.shape) for e in found.entries} == tensors
     promised = of_config(tmp_path, gpt_oss()).entries
     assert {(e.name, e.dtype, e.shape, e.nbytes) for e in promised} == {(e.name, e.dtype, e.shape, e.nbytes) for e in found.entries}
+
+
+def test_a_file_that_has_more_than_header_and_tensors_is_refused_with_the_figures(tmp_path: Path) -> None:
+    hollow["write"](tmp_path, hollow["GPT2"], hollow["gpt2"]())
+    checkpoint = open_checkpoint(find_model(str(tmp_path)))
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ToyllmError, match=r"model\.safetensors: header 2,\d+ and tensors 17,952 bytes are .*, the file has"):
+        file_sizes(checkpoint)
 
 
 def test_buffers_and_a_stored_copy_of_the_tied_head_are_bytes_but_no_parameters(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typer.main import get_command
 
 from ..kernels.errors import ToyllmError
 from . import output
+from .check import check
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
 from .generate import generate
 from .models import models
+from .params import params
 from .pull import pull
 from .tokenize import tokenize
 
@@ -50,7 +52,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, tokenize, detokenize, models, dump_tensor, pull):
+for command in (generate, tokenize, detokenize, models, params, dump_tensor, check, pull):
     app.command()(command)
 
 

@@ -197,6 +197,31 @@ def test_a_sink_takes_its_share_and_gives_nothing(case, run):
 
 
 @either
+def test_a_sink_is_a_gate_on_attention_without_one(rng, case, error, run):
+    """Σ w v with a sink S = (the same without) · sigmoid(log Σ e^scores − S)."""
+    c = case(2, 70, 2, 1, 5)
+    sinks = rng.standard_normal(2).astype(np.float32) + 4  # of the size of log Σ e^scores
+    scores = c.scale * np.einsum("thd,sd->ths", c.q.astype(np.float64), c.keys[0])
+    visible = np.arange(70) < c.end[:, None, None]
+    total = np.log(np.where(visible, np.exp(scores), 0).sum(-1))
+    gate = 1 / (1 + np.exp(sinks - total))
+    assert 0.1 < gate.min() < gate.max() < 0.9
+    assert error(run(replace(c, sinks=sinks)), c.reference() * gate[..., None]) < TOLERANCE
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("window", [0, 128])
+def test_in_the_shape_of_gpt_oss(rng, case, error, window):
+    """Eight queries a key, bf16 keys, sinks: against f64, alone as among others, in any cells, on any number of threads."""
+    c = replace(case(9, 300, 16, 2, 64, window), sinks=rng.standard_normal(16).astype(np.float32)).in_bf16()
+    together = c.tiles()
+    assert error(together, c.reference()) < TOLERANCE
+    assert np.array_equal(c.permuted(rng).tiles(), together)
+    for t in range(9):
+        assert np.array_equal(c.queries(t, t + 1).tiles()[0], together[t])
+
+
+@either
 @pytest.mark.parametrize(("sink", "share"), [(-np.inf, 1), (-1e4, 1), (1e4, 0)])
 def test_a_sink_far_from_the_scores_takes_nothing_or_everything(case, run, sink, share):
     c = case(2, 70, 2, 1, 5)

@@ -65,6 +65,49 @@ def attentions(at_end: bool) -> None:
         for adjoining in (True, False):
             cells[:] = np.arange(S) if adjoining else np.arange(S)[::-1]
             attention_kernel(q, keys, values, cells, adjoining, begin, end, 1.0, out, scratch)
+            attention_kernel(q, keys, values, cells, adjoining, begin, end, 1.0, out, scratch, guarded((H,), F32, at_end))
+
+
+def mxfp4(at_end: bool) -> None:
+    """Products with rows in MXFP4, one row of x and many; and the rows themselves."""
+    from toyllm.kernels.fp4 import BLOCK, SCALES
+    from toyllm.kernels.matmul import NO_BIAS, OUTPUTS
+    from toyllm.kernels.mxfp4 import _dequantize, _many, _one
+    from toyllm.kernels.threads import max_threads
+
+    table = guarded((256,), np.float32, at_end)
+    table[:] = SCALES
+    for N, n in product((*SIZES, 32, 33), (1, 2, 3, 90)):
+        K = n * BLOCK
+        blocks, scales = guarded((N, n, 16), np.uint8, at_end), guarded((N, n), np.uint8, at_end)
+        bias = guarded((N,), np.float32, at_end) if N % 2 else NO_BIAS
+        panels = guarded((max_threads(), OUTPUTS * K), np.float32, at_end)
+        _dequantize(blocks, scales, table, guarded((N, K), np.float32, at_end))
+        _one(guarded((1, K), np.float32, at_end), blocks, scales, table, bias, guarded((1, N), np.float32, at_end))
+        for M in ROWS if N < 20 else (7,):
+            _many(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end), panels)
+
+
+def experts(at_end: bool) -> None:
+    """One token's experts, the first and the last among them."""
+    from toyllm.kernels.matmul import ROWS
+    from toyllm.kernels.moe import Experts, Mxfp4, single
+    from toyllm.kernels.threads import max_threads
+
+    def f32(*shape: int) -> np.ndarray:
+        return guarded(shape, np.float32, at_end)
+
+    def u8(*shape: int) -> np.ndarray:
+        return guarded(shape, np.uint8, at_end)
+
+    E = 3
+    for D, F, chosen in product((32, 64, 160), (32, 96), ([0], [2, 0], [1, 2, 0])):
+        gate_up = Mxfp4(u8(E, 2 * F, D // 32, 16), u8(E, 2 * F, D // 32))
+        down = Mxfp4(u8(E, D, F // 32, 16), u8(E, D, F // 32))
+        w = Experts(gate_up, f32(E, 2 * F), down, f32(E, D), 7.0, 1.702)
+        k, index = len(chosen), guarded((len(chosen),), np.int64, at_end)
+        index[:] = chosen
+        single(f32(1, D), index, f32(k), w, (f32(k, 2 * F), f32(k, F), f32(1, D), f32(max_threads(), ROWS)), f32(1, D))
 
 
 def beyond(at_end: bool) -> None:
@@ -79,7 +122,7 @@ def run(what: str, *ends: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("what", ["products", "attentions"])
+@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "experts"])
 def test_nothing_outside_an_array_is_touched(what):
     done = run(what, "begin", "end")
     assert done.returncode == 0, done.stderr
@@ -91,6 +134,6 @@ def test_an_element_outside_would_be_noticed():
 
 
 if __name__ == "__main__":
-    check = {"products": products, "attentions": attentions, "beyond": beyond}[sys.argv[1]]
+    check = {f.__name__: f for f in (products, attentions, mxfp4, experts, beyond)}[sys.argv[1]]
     for side in sys.argv[2:]:
         check(at_end=side == "end")

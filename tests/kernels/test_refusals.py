@@ -10,12 +10,18 @@ from toyllm.kernels.attention import attention
 from toyllm.kernels.dtypes import to_bf16
 from toyllm.kernels.errors import ToyllmError
 from toyllm.kernels.matmul import matmul
+from toyllm.kernels.mxfp4 import dequantize, matmul_mxfp4
 from toyllm.kernels.norm import layer_norm, rms_norm
+from toyllm.kernels.rotary import rotate
+from toyllm.kernels.routing import route
 from toyllm.kernels.sampling import largest, log_sum_exp, sample
 
 vector, matrix, cube = np.ones(4, np.float32), np.ones((3, 4), np.float32), np.ones((2, 3, 4), np.float32)
 weights = np.ones((4, 5), np.float32)
 weights.flags.writeable = False  # as from a memory map
+read_only = np.ones((3, 64), np.float32)
+read_only.flags.writeable = False
+blocks, scales = np.zeros((3, 2, 16), np.uint8), np.full((3, 2), 127, np.uint8)
 cells, begin, end = np.arange(3, dtype=np.int32), np.ones(2, np.int64), np.full(2, 3)
 
 # Arguments that hold, by name.
@@ -29,7 +35,12 @@ CALLS: dict[Callable, dict[str, object]] = {
     sample: {"logits": vector, "temperature": 1.0, "top_k": 2, "top_p": 0.9, "min_p": 0.1, "u": 0.5},
     log_sum_exp: {"logits": vector},
     largest: {"logits": vector, "n": 2},
+    dequantize: {"blocks": blocks, "scales": scales, "out": np.ones((3, 64), np.float32)},
+    matmul_mxfp4: {"x": np.ones((2, 64), np.float32), "blocks": blocks, "scales": scales, "bias": np.ones(3, np.float32)},
+    route: {"logits": matrix, "k": 2},
+    rotate: {"x": cube, "cos": np.ones((2, 2), np.float32), "sin": np.ones((2, 2), np.float32)},
 }
+OPTIONAL = [(matmul, "bias"), (matmul_mxfp4, "bias"), (dequantize, "out")]
 ARRAYS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, np.ndarray)]
 # What does not hold in their place, and what the error says.
 WRONG: list[tuple[Callable, dict[str, object], str]] = [
@@ -65,6 +76,23 @@ WRONG: list[tuple[Callable, dict[str, object], str]] = [
     (attention, {"sinks": np.ones(2, np.float32)}, r"sinks: expected shape \[3\], found \[2\]"),
     (attention, {"sinks": np.ones(0, np.float32)}, r"sinks: expected shape \[3\], found \[0\]"),
     (attention, {"sinks": [1.0, 2.0, 3.0]}, "sinks: expected a NumPy array, found list"),
+    (dequantize, {"blocks": blocks[:, :1].copy()}, r"blocks: expected shape \[3, 2, 16\], found \[3, 1, 16\]"),
+    (dequantize, {"blocks": blocks[..., :8].copy()}, r"blocks: expected shape \[3, 2, 16\], found \[3, 2, 8\]"),
+    (dequantize, {"scales": scales[:2]}, r"blocks: expected shape \[2, 2, 16\], found \[3, 2, 16\]"),
+    (dequantize, {"out": np.ones((3, 32), np.float32)}, r"out: expected shape \[3, 64\], found \[3, 32\]"),
+    (dequantize, {"out": np.ones((4, 64), np.float32)}, r"out: expected shape \[3, 64\], found \[4, 64\]"),
+    (dequantize, {"out": read_only}, "out: expected an array that can be written"),
+    (matmul_mxfp4, {"scales": scales[:2]}, r"blocks: expected shape \[2, 2, 16\], found \[3, 2, 16\]"),
+    (matmul_mxfp4, {"blocks": blocks.view(np.int8)}, "blocks: expected uint8, found int8"),
+    (matmul_mxfp4, {"x": np.ones((2, 63), np.float32)}, r"x: expected shape \[any, 64\], found \[2, 63\]"),
+    (matmul_mxfp4, {"x": to_bf16(np.ones((2, 64)))}, "x: expected f32, found bf16"),
+    (matmul_mxfp4, {"bias": np.ones(64, np.float32)}, r"bias: expected shape \[3\], found \[64\]"),
+    (route, {"k": 0}, "k: expected 1 to 4, the number of experts, found 0"),
+    (route, {"k": 5}, "k: expected 1 to 4, the number of experts, found 5"),
+    (route, {"normalization": "max"}, "normalization: expected softmax or linear, found 'max'"),
+    (rotate, {"x": np.ones((2, 3, 5), np.float32)}, "x: expected an even head size, found 5"),
+    (rotate, {"cos": np.ones((2, 4), np.float32)}, r"cos: expected shape \[2, 2\], found \[2, 4\]"),
+    (rotate, {"sin": np.ones((3, 2), np.float32)}, r"sin: expected shape \[2, 2\], found \[3, 2\]"),
     (sample, {"temperature": 0}, "temperature 0,"),
     (sample, {"temperature": -1.0}, "temperature -1.0,"),
     (sample, {"temperature": np.nan}, "temperature nan,"),
@@ -99,12 +127,13 @@ def test_refuses(call, changed, says):
 class TestEveryArray:
     def test_of_another_type(self, call, name):
         array = CALLS[call][name]
-        for wrong in (array.tolist(), None if name != "bias" or call is not matmul else 3, "text", array.astype(object)):
+        for wrong in (array.tolist(), 3 if (call, name) in OPTIONAL else None, "text", array.astype(object)):
             assert refusal(call, {name: wrong}).startswith(f"{name}: expected ")
 
     def test_of_another_dtype(self, call, name):
         array = CALLS[call][name]
-        for dtype in (np.float64, np.int16, array.dtype.newbyteorder()):
+        swapped = array.dtype.newbyteorder() if array.itemsize > 1 else np.int8
+        for dtype in (np.float64, np.int16, swapped):
             assert refusal(call, {name: array.astype(dtype)}).startswith(f"{name}: expected ")
 
     def test_of_another_number_of_axes(self, call, name):

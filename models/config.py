@@ -17,9 +17,14 @@ C = TypeVar("C")
 LARGEST = 2**31 - 1  # of any size or id: products of two stay exact in 64 bits
 
 
-def size(default: int) -> Any:
+def size(default: int, most: int = LARGEST) -> Any:
     """A dataclass field for a dimension: an integer of at least 1."""
-    return field(default=default, metadata={"least": 1})
+    return field(default=default, metadata={"least": 1, "most": most})
+
+
+def layers(default: int) -> Any:
+    """A dataclass field for a number of layers, small enough to name every tensor of them."""
+    return size(default, most=10_000)
 
 
 def optional_size() -> Any:
@@ -84,8 +89,9 @@ def checked(value: Any, of: Field[Any], where: Path) -> Any:
     number: Any = value
     if kind is float and not math.isfinite(number):
         raise wrong("a finite number")
-    if "least" in of.metadata and not of.metadata["least"] <= number <= LARGEST:
-        raise wrong(f"an integer from {of.metadata['least']} to {LARGEST}")
+    most = of.metadata.get("most", LARGEST)
+    if "least" in of.metadata and not of.metadata["least"] <= number <= most:
+        raise wrong(f"an integer from {of.metadata['least']} to {most}")
     if "above" in of.metadata and not number > of.metadata["above"]:
         raise wrong(f"a number above {of.metadata['above']:g}")
     return value

@@ -20,7 +20,7 @@ from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
 from .cache import DTYPES, CausalCache, whole_blocks
 from .checkpoint import Checkpoint
-from .config import optional_size, positive, size
+from .config import layers, optional_size, positive, size
 from .taps import Tap, tap_scores
 from .weights import Spec, log, match, matrix, vector
 
@@ -37,7 +37,7 @@ class Config:
     vocab_size: int = size(50257)  # V
     n_positions: int = size(1024)  # P
     n_embd: int = size(768)  # D
-    n_layer: int = size(12)  # L
+    n_layer: int = layers(12)  # L
     n_head: int = size(12)  # H
     n_inner: int | None = optional_size()  # F; null = 4 D
     activation_function: str = "gelu_new"

@@ -20,7 +20,7 @@ from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
 from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
 from .checkpoint import Checkpoint
-from .config import LARGEST, positive, size
+from .config import LARGEST, layers, positive, size
 from .taps import Tap, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
@@ -38,7 +38,7 @@ class Config:
     vocab_size: int = size(201088)  # V
     hidden_size: int = size(2880)  # D
     intermediate_size: int = size(2880)  # F
-    num_hidden_layers: int = size(24)  # L
+    num_hidden_layers: int = layers(24)  # L
     num_attention_heads: int = size(64)  # H
     num_key_value_heads: int = size(8)  # G
     head_dim: int = size(64)  # Dh

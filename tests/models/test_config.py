@@ -59,8 +59,8 @@ def test_origins_are_told_apart(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("n_layer", 0, "n_layer: expected an integer from 1 to 2147483647, found 0"),
-        ("n_layer", -2, "n_layer: expected an integer from 1 to 2147483647, found -2"),
+        ("n_layer", 0, "n_layer: expected an integer from 1 to 10000, found 0"),
+        ("n_layer", -2, "n_layer: expected an integer from 1 to 10000, found -2"),
         ("vocab_size", 2**31, "vocab_size: expected an integer from 1 to 2147483647, found 2147483648"),
         ("n_embd", "24", 'n_embd: expected an integer, found "24"'),
         ("n_embd", 24.0, "n_embd: expected an integer, found 24.0"),

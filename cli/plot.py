@@ -1,5 +1,6 @@
 """Plots of a tensor: a histogram of its values and, of a matrix, a map of magnitudes; in the terminal, or in a file by matplotlib."""
 
+import itertools
 import math
 import shutil
 import sys
@@ -30,9 +31,11 @@ def terminal_plot(values: "Values", found: "Statistics") -> Iterator[str]:
     if not len(counts):
         yield "nothing finite to plot"
         return
-    labels = [f"{low:11.4g} to {high:11.4g}" for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+    ends = [f"{edge:.4g}" for edge in edges.tolist()]
+    wide = max(map(len, ends))
+    labels = [f"{low:>{wide}} to {high:>{wide}}" for low, high in itertools.pairwise(ends)]
     digits, most = len(f"{counts.max():,}"), int(counts.max())
-    room = max(8, width - len(labels[0]) - digits - 4)
+    room = max(1, width - len(labels[0]) - digits - 4)
     for label, count in zip(labels, counts.tolist(), strict=True):
         yield f"{label}  {count:>{digits},}  {'█' * -(-count * room // most)}".rstrip()
     if len(values.shape) == 2:

@@ -5,6 +5,7 @@ in MXFP4 are there three times: their blocks and their scales as they are stored
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,10 +43,7 @@ class Values:
     @property
     def size(self) -> int:
         """Elements of the part."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
 
     def read(self, at: Sequence[slice] = ()) -> np.ndarray:
         """The part's values at these slices of its axes (those left out whole), as stored; nothing else is read. Perhaps a view."""
@@ -88,24 +86,23 @@ def of_array(name: str, array: np.ndarray) -> Values:
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, Values]:
-    """Every tensor of a checkpoint by its name, in file order, and the decoded MXFP4 weights after their blocks and scales."""
+    """Every tensor of a checkpoint by its name, in file order; after the blocks of MXFP4 weights, the decoded ones."""
     found: dict[str, Values] = {}
     for name, tensor in checkpoint.tensors.items():
         dtype, axes = DTYPES.get(tensor.dtype, np.dtype(np.void)), whole_axes(tensor.shape)
         found[name] = Values(name, tensor.dtype, tensor.shape, tensor.nbytes, dtype, axes, fetch_stored(checkpoint, name))
-    return found | {values.name: values for values in mxfp4_weights(checkpoint)}
+        stem = name[: -len("_blocks")]
+        if name.endswith(("_blocks", ".blocks")) and (parts := mxfp4_parts(checkpoint, stem)):
+            found[stem] = mxfp4_weight(checkpoint, stem, *parts)
+    return found
 
 
-def mxfp4_weights(checkpoint: Checkpoint) -> Iterator[Values]:
-    """The decoded weights: f32 [..., 32 n] wherever `X_blocks` u8 [..., n, 16] and `X_scales` u8 [..., n] are stored, as X."""
-    for name in checkpoint.tensors:
-        parts = mxfp4_parts(checkpoint, name[: -len("_blocks")]) if name.endswith(("_blocks", ".blocks")) else None
-        if parts is None:
-            continue
-        blocks, scales = (checkpoint.tensors[part] for part in parts)
-        shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
-        fetch = fetch_decoded(checkpoint, *parts)
-        yield Values(name[: -len("_blocks")], MXFP4, shape, blocks.nbytes + scales.nbytes, F32, whole_axes(shape), fetch)
+def mxfp4_weight(checkpoint: Checkpoint, name: str, blocks: str, scales: str) -> Values:
+    """The decoded weight, f32 [..., 32 n], of stored blocks u8 [..., n, 16] and scales u8 [..., n]."""
+    *rows, n = checkpoint.tensors[scales].shape
+    shape = (*rows, n * BLOCK)
+    nbytes = checkpoint.tensors[blocks].nbytes + checkpoint.tensors[scales].nbytes
+    return Values(name, MXFP4, shape, nbytes, F32, whole_axes(shape), fetch_decoded(checkpoint, blocks, scales))
 
 
 def mxfp4_parts(checkpoint: Checkpoint, name: str) -> tuple[str, str] | None:

@@ -95,7 +95,7 @@ def test_nothing_is_written_over_unless_forced(tmp_path: Path) -> None:
     assert np.load(path).size == 256
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".csv", ".json"])
 def test_an_interrupted_save_leaves_nothing(tmp_path: Path, suffix: str, error: BaseException) -> None:
     broken = values("f32")

@@ -104,6 +104,7 @@ class Result:
     prefill_s: float  # the prompt's passes
     decode_s: float  # from the first token to the end
     kernels_s: float  # loading or compiling kernels before the first token; the other two leave out all of it
+    reused_tokens: int | None = None  # of the prompt, in the KV cache already; None: it was a new one
 
 
 @dataclass(frozen=True)
@@ -137,24 +138,27 @@ def clock() -> float:
     return time.perf_counter() - preparing_seconds()
 
 
-def generate(model: "Model", prompt: Sequence[int], settings: Settings, context: int | None = None) -> Iterator[Event]:
+def generate(model: "Model", prompt: Sequence[int], settings: Settings, context: int | None = None, cache: Any = None) -> Iterator[Event]:
     """Continue the ids of a prompt token by token; the last event carries the result.
 
-    Prompt and continuation together never exceed `context` (default: the model's). Raises ToyllmError for a prompt longer than that and
-    for settings that do not fit, before anything runs; and, while running, for logits from which no token can be drawn.
+    Prompt and continuation together never exceed `context` (default: the model's). A `cache`, if given, has that many positions; what
+    it holds is how the prompt begins, and not all of it. Raises ToyllmError for a prompt longer than the context and for settings that
+    do not fit, before anything runs; and, while running, for logits from which no token can be drawn.
     """
     settings = check_settings(settings)
     room: int = model.config.context if context is None else context
     if len(prompt) > room:
         raise ToyllmError(f"the prompt has {len(prompt)} tokens and the context {room}: shorten the prompt, or raise --context")
-    return steps(model, prompt, settings, room, Writer(model, settings.stop))
+    return steps(model, prompt, settings, room, cache, Writer(model, settings.stop))
 
 
-def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, writer: "Writer") -> Iterator[Event]:
+def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, cache: Any, writer: "Writer") -> Iterator[Event]:
     """The loop of `generate`, whose checks have passed."""
     start, kernels = clock(), preparing_seconds()
-    cache = model.new_cache(room)
-    logits = model.forward(prompt, np.arange(len(prompt)), np.zeros(len(prompt), np.int64), cache)
+    reused = None if cache is None else cache.length()
+    cache = model.new_cache(room) if cache is None else cache
+    new = np.arange(reused or 0, len(prompt))
+    logits = model.forward(prompt[reused or 0 :], new, np.zeros(len(new), np.int64), cache)
     prefilled = first = clock()
     prepared = preparing_seconds()
     sampler = Sampler(settings, prompt, model.vocab_size)
@@ -174,7 +178,7 @@ def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, 
     stopped = stopped or writer.stopped
     reason = "stop" if stopped else "length" if used == len(prompt) + settings.max_tokens else "context"
     seconds = (prefilled - start, clock() - first, prepared - kernels)
-    yield Event(None, tail, Result(reason, len(prompt), used - len(prompt), *seconds))
+    yield Event(None, tail, Result(reason, len(prompt), used - len(prompt), *seconds, reused))
 
 
 def draw(logits: np.ndarray, sampler: Sampler, settings: Settings) -> Token:

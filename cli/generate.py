@@ -3,12 +3,15 @@
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from . import output
+from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
 from .running import load, mixture_rows, settings_entry
@@ -16,11 +19,12 @@ from .running import load, mixture_rows, settings_entry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..models.chat import Conversation
     from ..models.generation import Event, Result, Settings, Token
     from ..models.model import Model as LoadedModel
 
 
-@takes(sampling=SAMPLING, running=RUNNING)
+@takes(chatting=CHATTING, sampling=SAMPLING, running=RUNNING)
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -29,9 +33,11 @@ def generate(
     model: Model = DEFAULT_MODEL,
     prompt_ids: PromptIds = None,
     no_special: Annotated[bool, option("Take special tokens in the prompt, such as <|endoftext|>, as plain text.", "--no-special")] = False,
+    chat: Annotated[bool, option("Answer the prompt in the chat format of gpt-oss; an answer may fill the context.", "--chat")] = False,
     stats: Stats = False,
     json: Json = False,
     *,
+    chatting: dict[str, Any],
     sampling: dict[str, Any],
     running: dict[str, Any],
 ) -> None:
@@ -41,39 +47,72 @@ def generate(
     repetition penalty and max-tokens are the model's generation_config.json's where it has them.
     """
     began = time.perf_counter()
+    check_chat(context, chat)
+    said = check_chatting(context, chatting) if chat else None
     text_or_ids = read_prompt(context, prompt, prompt_ids)
 
-    from ..models.generation import check_bounds, encode_prompt, settings_for
-    from ..models.generation import generate as continue_prompt
+    from ..models.generation import check_bounds
 
     logprobs = sampling["logprobs"]
     given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if json and logprobs is None else logprobs}
     check_bounds(given)
     loaded = load(model, running)
-    settings = settings_for(loaded.defaults, loaded.config, given)
-    ids = encode_prompt(loaded, text_or_ids, special=not no_special)
-    room = loaded.context_for(running["context_size"])
+    wanted = running["context_size"]
+    if said:
+        plan = answer(cast("str", text_or_ids), begin(loaded, said, given, wanted))
+    else:
+        plan = continuation(loaded, text_or_ids, not no_special, given, wanted)
     loaded_at = time.perf_counter()
-    events = continue_prompt(loaded, ids, settings, room)
     if not json:
-        announce(loaded, ids, settings)
-    run = consume(events, show=not json)
+        announce(plan.settings, loaded.tokenizer.decode(plan.prompt) if loaded.tokenizer and not chat else "")
+    run = consume(plan.events, nullcontext(ignore) if json else messages_shown() if chat else text_shown())
     timings = times(run, began, loaded_at)
     if json:
-        document = {
-            "prompt_tokens": ids,
-            "tokens": [token_entry(loaded, token) for token in run.tokens],
-            "text": run.text if loaded.tokenizer else None,
-            "finish_reason": run.result.finish_reason,
-            "usage": {"prompt_tokens": len(ids), "completion_tokens": run.result.completion_tokens},
-            "timings": timings,
-            "settings": asdict(settings) | settings_entry(loaded, room),
-        }
-        output.write_json("generate", document)
+        output.write_json("generate", document(loaded, plan, run, timings, said or {}))
     elif logprobs is not None:
         show_logprobs(loaded, run.tokens)
+    if plan.conversation and not json:
+        note_ending(plan.conversation, run.result)
     if stats:
         show_stats(loaded, run.result, timings, time.perf_counter() - began)
+
+
+def check_chat(context: typer.Context, chat: bool) -> None:
+    """Refuse what has no meaning with --chat, wherever it was set, and on the command line what has none without."""
+    for name in ("prompt_ids", "stop") if chat else ():
+        if context.params[name]:
+            raise typer.BadParameter("has no meaning with --chat", ctx=context, param_hint="--" + name.replace("_", "-"))
+    for name in () if chat else CHATTING:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise typer.BadParameter("has no meaning without --chat", ctx=context, param_hint=f"--{name}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A generation that is about to run: the prompt's ids, the settings, the positions there are, and what it will bring."""
+
+    prompt: list[int]
+    settings: "Settings"
+    room: int
+    events: "Iterator[Event]"
+    conversation: "Conversation | None" = None  # with --chat
+
+
+def answer(question: str, conversation: "Conversation") -> Plan:
+    """The plan to answer a conversation's first question."""
+    events = conversation.ask(question)
+    return Plan(conversation.prompt, conversation.settings, conversation.context, events, conversation)
+
+
+def continuation(loaded: "LoadedModel", prompt: str | list[int], special: bool, given: dict[str, Any], wanted: int | None) -> Plan:
+    """The plan to continue a prompt in a context as wanted."""
+    from ..models.generation import encode_prompt, generate, settings_for
+
+    settings = settings_for(loaded.defaults, loaded.config, given)
+    ids = encode_prompt(loaded, prompt, special)
+    room = loaded.context_for(wanted)
+    return Plan(ids, settings, room, generate(loaded, ids, settings, room))
 
 
 @dataclass
@@ -86,33 +125,69 @@ class Run:
     result: "Result"
 
 
-def consume(events: "Iterable[Event]", show: bool) -> Run:
-    """Follow a generation to its end, showing the text as it becomes certain. A line cut short by an error or Ctrl-C is ended too."""
+Shown = AbstractContextManager[Callable[["Event"], None]]  # shows each event, and at the end whatever way closes what it opened
+
+
+def consume(events: "Iterable[Event]", shown: Shown) -> Run:
+    """Follow a generation to its end, showing what it brings."""
     tokens, text, first_at, result = [], [], None, None
-    clean = output.printable if sys.stdout.isatty() else str
-    try:
+    with shown as show:
         for event in events:
             if event.token:
                 tokens.append(event.token)
                 first_at = first_at or time.perf_counter()
             text.append(event.text)
             result = event.result
-            if show and event.text:
-                output.write(clean(event.text))
-    finally:
-        if show and (result or any(text) or sys.stdout.isatty()):  # on a terminal the prompt stands on the line already
-            output.write("\n")
+            show(event)
     if result is None:
         raise RuntimeError("a generation ended without its result")
     return Run(tokens, "".join(text), first_at, result)
 
 
-def announce(loaded: "LoadedModel", ids: list[int], settings: "Settings") -> None:
+@contextmanager
+def text_shown() -> "Iterator[Callable[[Event], None]]":
+    """Shows the text as it becomes certain. A line cut short by an error or Ctrl-C is ended too."""
+    clean = output.printable if sys.stdout.isatty() else str
+    due = sys.stdout.isatty()  # there the prompt stands on the line already
+
+    def show(event: "Event") -> None:
+        nonlocal due
+        due = due or bool(event.text or event.result)
+        if event.text:
+            output.write(clean(event.text))
+
+    try:
+        yield show
+    finally:
+        if due:
+            output.write("\n")
+
+
+def ignore(event: "Event") -> None:
+    """Show nothing of it."""
+
+
+def document(loaded: "LoadedModel", plan: Plan, run: Run, timings: dict[str, float | None], said: dict[str, Any]) -> dict[str, Any]:
+    """What --json prints; `said` are the settings of a chat."""
+    messages = {"messages": [message_entry(message) for message in plan.conversation.written]} if plan.conversation else {}
+    return {
+        "prompt_tokens": plan.prompt,
+        "tokens": [token_entry(loaded, token) for token in run.tokens],
+        "text": run.text if loaded.tokenizer else None,
+        "finish_reason": run.result.finish_reason,
+        "usage": {"prompt_tokens": len(plan.prompt), "completion_tokens": run.result.completion_tokens},
+        "timings": timings,
+        "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | said,
+        **messages,
+    }
+
+
+def announce(settings: "Settings", prompt: str) -> None:
     """The seed, where one is used; and on a terminal the prompt, dimmed, for the continuation to follow."""
     if settings.temperature:
         output.say(f"seed {settings.seed}")
-    if sys.stdout.isatty() and sys.stderr.isatty() and loaded.tokenizer:
-        output.say_dimmed(output.printable(loaded.tokenizer.decode(ids)))
+    if prompt and sys.stdout.isatty() and sys.stderr.isatty():
+        output.say_dimmed(output.printable(prompt))
 
 
 def times(run: Run, began: float, loaded_at: float) -> dict[str, float | None]:
@@ -152,16 +227,18 @@ def show_logprobs(loaded: "LoadedModel", tokens: "list[Token]") -> None:
 def show_stats(loaded: "LoadedModel", result: "Result", timings: dict[str, float | None], total_s: float) -> None:
     """Ollama's eight figures and the time to the first token, to stderr."""
     first, rate, prefill_s = timings["first_token_s"], timings["decode_tok_s"], result.prefill_s
+    evaluated = result.prompt_tokens - (result.reused_tokens or 0)
     rows = [
         ("total duration", f"{total_s:.3f} s"),
         ("load duration", f"{timings['load_s']:.3f} s"),
-        ("prompt eval count", f"{result.prompt_tokens} tokens"),
+        ("prompt eval count", f"{evaluated} tokens"),
         ("prompt eval duration", f"{prefill_s:.3f} s"),
-        ("prompt eval rate", f"{result.prompt_tokens / prefill_s:.1f} tokens/s" if prefill_s > 0 else "-"),
+        ("prompt eval rate", f"{evaluated / prefill_s:.1f} tokens/s" if prefill_s > 0 else "-"),
         ("eval count", f"{result.completion_tokens} tokens"),
         ("eval duration", f"{result.decode_s:.3f} s"),
         ("eval rate", f"{rate:.1f} tokens/s" if rate else "-"),
         ("time to first token", f"{first:.3f} s" if first else "-"),
     ]
-    for name, value in rows + mixture_rows(loaded):
+    reused = [] if result.reused_tokens is None else [("prompt reused", f"{result.reused_tokens} tokens")]
+    for name, value in rows + reused + mixture_rows(loaded):
         output.say(f"{name + ':':<22}{value}")

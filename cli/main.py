@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from ..kernels.errors import ToyllmError
 from . import output
+from .chat import chat
 from .check import check
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
@@ -52,7 +53,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, tokenize, detokenize, models, params, dump_tensor, check, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, pull):
     app.command()(command)
 
 

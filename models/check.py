@@ -13,7 +13,7 @@ from .check_values import CHUNK, ERROR, WARNING, Finding, values
 from .checkpoint import MAX_JSON, Tensor, brief, map_file, no_weights, parse_object, require_file, shard_path
 from .config import load_config
 from .location import ModelFiles
-from .params import specs_for
+from .params import sizes, specs_for
 from .weights import Spec
 
 MATRIX_DTYPES = ("F32", "F16", "BF16")
@@ -132,13 +132,16 @@ def architecture(files: ModelFiles, tensors: list[Tensor]) -> tuple[dict[str, st
     """Our names of the tensors, by the checkpoint's, and what differs from the architecture; empty for a buffer that is not read."""
     try:
         family, config = load_config(files)
+        specs = specs_for(family, config, [t.name for t in tensors])
     except ToyllmError as error:
         where = files.config or files.folder
         return {}, [Finding(ERROR, "config", f"{error}; names and shapes were not held against an architecture", where)]
-    specs = specs_for(family, config, [t.name for t in tensors])
     ours = {spec.name: key for key, spec in specs.items()}
     keys: dict[str, str] = {}
-    findings: list[Finding] = []
+    s, findings = sizes(config), []
+    if any(key.endswith(".blocks") for key in specs) and (s.D % 32 or s.F % 32):
+        message = f"MXFP4 needs sizes that are multiples of 32, found hidden_size {s.D}, intermediate_size {s.F}"
+        findings.append(Finding(ERROR, "config", message, files.config or files.folder))
     first: dict[str, Tensor] = {}
     for t in tensors:
         bare = next(t.name.removeprefix(p) for p in family.PREFIXES if t.name.startswith(p))

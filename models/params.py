@@ -9,6 +9,7 @@ is stored although config.json ties it, are none, though their bytes count. Acti
 of the experts k in E, of a tied embedding all, as it is the head, and none of a table from which a token only takes its row.
 """
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from .weights import Spec, match
 COMPONENTS = ("embedding", "attention", "router", "experts", "mlp", "norms", "head", "not read")
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}  # bytes an element, of the dtypes that a config.json can promise
 PROMISED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # config.json's names for them
+
+
+log = logging.getLogger("toyllm")
 
 # ---- sizes ------------------------------------------------------------------------------------------------------------------
 
@@ -165,7 +169,11 @@ def stored_entries(checkpoint: Checkpoint, family: ModuleType, c: Any) -> tuple[
             return Entry("", t.name, t.dtype, t.shape, t.nbytes, "not read", counted=False, multiplied=False)
         return entry(keys[t.name], specs[keys[t.name]], t.name, t.dtype, t.nbytes, c)
 
-    return tuple(made(t) for t in checkpoint.tensors.values())
+    entries = tuple(made(t) for t in checkpoint.tensors.values())
+    for e in entries:
+        if e.component == "head" and not e.counted:
+            log.info("%s is stored although config.json ties it to the embedding: its bytes count, its parameters do not", e.name)
+    return entries
 
 
 def promised_entries(family: ModuleType, c: Any, document: dict[str, Any]) -> tuple[Entry, ...]:

@@ -105,6 +105,14 @@ def test_a_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert (document["from"], document["parameters"], document["files"]) == ("config", 124_439_808, [])
 
 
+def test_a_stored_head_that_is_tied_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hollow["write"](tmp_path, GPT2, hollow["gpt2"]() | {"lm_head.weight": ("F32", (50, 12))})
+    assert run(["params", "-m", str(tmp_path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["parameters"] == 4_488
+    assert shown.err.startswith("note: lm_head.weight is stored although config.json ties it")
+
+
 @pytest.mark.parametrize(("option", "names"), [("--split=0.6,0.4", ["layers 0-0", "layers 1-1"]), ("--shards=2", ["shard 0", "shard 1"])])
 def test_parts_are_columns_and_json(model: str, capsys: pytest.CaptureFixture, option: str, names: list[str]) -> None:
     assert run(["params", "-m", model, option]) == 0
@@ -157,6 +165,7 @@ def test_a_hostile_name_that_is_a_buffer_is_shown_harmlessly(tmp_path: Path, cap
         (["--bandwidth", "nan"], 2, "--bandwidth nan: expected a number above 0"),
         (["--context", "1025"], 1, "--context 1025: expected 1 to"),
         (["--config", "absent.json"], 1, "absent.json: cannot be read"),
+        (["--config", "endless.json"], 1, "n_layer: expected an integer from 1 to 10000, found 2000000000"),
         (["--shards", "7"], 1, "--shards 7: expected a divisor"),
     ],
 )
@@ -164,6 +173,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "endless.json").write_text('{"model_type": "gpt2", "n_layer": 2000000000}')
     assert run(["params", *arguments]) == code
     shown = capsys.readouterr()
     assert shown.out == ""

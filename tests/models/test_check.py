@@ -166,6 +166,17 @@ def test_without_a_configuration_the_values_are_read_all_the_same(tmp_path: Path
     assert [f.kind for f in errors(tmp_path)] == ["config", "nan"]
 
 
+def test_sizes_that_mxfp4_cannot_have_are_a_finding(tmp_path: Path) -> None:
+    hollow["write"](tmp_path, GPT_OSS | {"hidden_size": 40, "intermediate_size": 64}, hollow["gpt_oss"](D=64, F=64))
+    assert "multiples of 32, found hidden_size 40" in errors(tmp_path)[0].message
+
+
+def test_a_configuration_of_endless_layers_is_a_finding(tmp_path: Path) -> None:
+    for config in (GPT2 | {"n_layer": 2**31 - 1}, GPT_OSS | {"num_hidden_layers": 2**31 - 1}):
+        hollow["write"](tmp_path, config, hollow["gpt2"]())
+        assert [f.kind for f in errors(tmp_path)] == ["config"]
+
+
 def write_shards(folder: Path, total_size: int | None = None) -> dict[str, str]:
     """A GPT-2 in two files; gives the index's map."""
     tensors = hollow["gpt2"]()

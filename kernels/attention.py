@@ -84,11 +84,9 @@ def _update(scores, count, scale, tops, totals, row):
 @inline
 def _share(top, total, sinks, h):
     """What a row's weighted sum is multiplied with in the end: 1 over the sum of its weights, the sink's included."""
-    if sinks.size == 0:
-        return np.float32(1) / total
-    highest = max(top, sinks[h])
-    kept = exp(np.float32(top - highest))
-    return kept / (total * kept + exp(np.float32(sinks[h] - highest)))
+    if sinks.size:
+        total += exp(np.float32(sinks[h] - top))  # infinity where it takes everything
+    return np.float32(1) / total
 
 
 @inline

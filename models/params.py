@@ -28,7 +28,6 @@ COMPONENTS = ("embedding", "attention", "router", "experts", "mlp", "norms", "he
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}  # bytes an element, of the dtypes that a config.json can promise
 PROMISED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # config.json's names for them
 
-
 log = logging.getLogger("toyllm")
 
 # ---- sizes ------------------------------------------------------------------------------------------------------------------

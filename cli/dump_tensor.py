@@ -64,6 +64,7 @@ def dump_tensor(
     """
     one_of(context, {"--list": only_list, "--stats": stats, "--plot": plot, "--save": save})
     one_of(context, {"--json": json, "--plot": plot, "--save": save})
+    one_of(context, {"--list": only_list, "--slice": slices})
     one_of(context, {"--raw": raw, "--stats": stats, "--plot": plot, "--save": save})
     patterns, image = split_image(names or []) if plot else (names or [], None)
     if not patterns and (plot or save or slices):

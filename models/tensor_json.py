@@ -1,4 +1,13 @@
-"""Tensors as JSON: what they are, what their values come to, and the values as nested lists, exactly."""
+"""Tensors as JSON: what they are, what their values come to, and the values as nested lists, exactly.
+
+    {"schema": "toyllm.dump-tensor/1", "tensors": [{"name", "dtype", "shape", "bytes", "shard",            of a list
+                                                    "statistics": {"min", "max", "mean", "std", "zeros", "nan", "inf", "elements"},
+                                                    "selected", "edge_items", "values"}]}                  of values
+
+`dtype` is safetensors' name or "MXFP4"; `shape` and `bytes` are the whole tensor's, `selected` is the shape of the slice. JSON has no NaN:
+"NaN", "Infinity" and "-Infinity" are strings, as float() in Python and Number() in JavaScript read them. Bits are strings, "0x3f80"; in
+place of `values`, MXFP4 has `blocks`: [{"index", "first", "part", "scale", "codes"}], null where an axis is cut.
+"""
 
 import itertools
 import math

@@ -39,7 +39,7 @@ def check_target(path: Path, suffixes: Sequence[str], force: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path, force: bool) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` when the block ends well; when it does not, nothing is left."""
+    """A file to write that appears at `path` when the block ends well; when it does not, nothing is left. Raises ToyllmError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("xb") as file:
@@ -47,6 +47,8 @@ def whole_file(path: Path, force: bool) -> Iterator[BinaryIO]:
         if not force and os.path.lexists(path):
             raise ToyllmError(f"{path}: came into being meanwhile; --force writes over it")
         os.replace(partial, path)  # noqa: PTH105 - what the text above promises, by its name
+    except OSError as error:
+        raise ToyllmError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -54,7 +56,7 @@ def whole_file(path: Path, force: bool) -> Iterator[BinaryIO]:
 def save(path: Path, tensors: Sequence[Values], force: bool = False) -> None:
     """Write tensors to the format that the name ends in; several go into .npz, .safetensors and .json only, under their names.
 
-    Raises ToyllmError for what the format cannot hold, and OSError where writing fails; then no file is left.
+    Raises ToyllmError for what the format cannot hold and where writing fails; then no file is left.
     """
     check_target(path, tuple(FORMATS), force)
     suffix = path.suffix.lower()

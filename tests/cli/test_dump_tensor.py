@@ -281,6 +281,7 @@ def test_what_is_not_there_is_one_line(run: Run, weights: Path, arguments: tuple
         (("scalar", "--stats", "--plot"), "give one of them"),
         (("scalar", "--json", "--save", "x.npy"), "give one of them"),
         (("scalar", "--raw", "--plot"), "give one of them"),
+        (("scalar", "--list", "--slice", "..."), "give one of them"),
         (("--plot",), "which tensors"),
         (("--save", "x.npz"), "which tensors"),
         (("scalar", "--step", "2"), "a step follows a prompt"),

@@ -26,7 +26,7 @@ from .dtypes import BF16, F16, F32, widen
 from .elementary import value
 from .errors import ToyllmError
 from .host import supports
-from .jit import kernel
+from .jit import inline, kernel
 from .simd.ir import LANES
 from .simd.tiles import axpy_tile, dot_tile
 from .threads import thread_scratch
@@ -72,11 +72,31 @@ def _one_by_output(x, w, bias, out):
                 out[0, j] += bias[j]
 
 
+@inline
+def multiply_panel(panel, count, x, bias, out, first):
+    """out[:, first : first + count] = x · panelᵀ + bias for `count` rows of f32 at the start of `panel`."""
+    M, K = x.shape
+    N = out.shape[1]
+    at, x_at, y_at = panel.ctypes.data, x.ctypes.data, out.ctypes.data + 4 * first
+    whole, tokens = count // ROWS * ROWS, M // TOKENS * TOKENS
+    for m in range(0, tokens, TOKENS):
+        for j in range(0, whole, ROWS):
+            dot_tokens(panel, at + j * K * 4, K * 4, x_at + m * K * 4, K * 4, K, y_at + (m * N + j) * 4, N * 4, 0)
+    for m in range(tokens, M):
+        for j in range(0, whole, ROWS):
+            dot_one(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
+    for m in range(M):
+        for j in range(whole, count):
+            dot_row(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
+        if bias.size:
+            for j in range(first, first + count):
+                out[m, j] += bias[j]
+
+
 @kernel(parallel=True)
 def _many_by_output(x, w, bias, out, panels):
     """Many rows, w [N, K]: `OUTPUTS` rows of w are expanded to f32, then tiles of `ROWS` x `TOKENS`."""
     N, K = w.shape
-    M = x.shape[0]
     for group in prange((N + OUTPUTS - 1) // OUTPUTS):
         first = group * OUTPUTS
         count = min(OUTPUTS, N - first)
@@ -84,17 +104,7 @@ def _many_by_output(x, w, bias, out, panels):
         for j in range(count):
             for k in range(K):
                 panel[j * K + k] = value(w[first + j, k])
-        at, x_at, y_at = panel.ctypes.data, x.ctypes.data, out.ctypes.data + 4 * first
-        whole, tokens = count // ROWS * ROWS, M // TOKENS * TOKENS
-        for m in range(0, tokens, TOKENS):
-            for j in range(0, whole, ROWS):
-                dot_tokens(panel, at + j * K * 4, K * 4, x_at + m * K * 4, K * 4, K, y_at + (m * N + j) * 4, N * 4, 0)
-        for m in range(M):
-            for j in range(0 if m >= tokens else whole, count):
-                dot_row(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
-            if bias.size:
-                for j in range(first, first + count):
-                    out[m, j] += bias[j]
+        multiply_panel(panel, count, x, bias, out, first)
 
 
 @kernel(parallel=True)

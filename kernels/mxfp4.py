@@ -19,7 +19,7 @@ from .checks import check_array
 from .errors import ToyllmError
 from .fp4 import BLOCK, CODES, SCALES, dequantize_reference
 from .jit import kernel
-from .matmul import NO_BIAS, OUTPUTS, ROWS, TOKENS, dot_row, dot_tokens
+from .matmul import NO_BIAS, OUTPUTS, ROWS, multiply_panel
 from .simd.fp4 import expand_row, fp4_tile
 from .threads import thread_scratch
 
@@ -74,25 +74,15 @@ def _one(x, blocks, scales, table, bias, out):
 def _many(x, blocks, scales, table, bias, out, panels):
     """Many rows of x, their blocks in halves: `OUTPUTS` rows of W are expanded, then tiles of `ROWS` x `TOKENS`."""
     N, n = scales.shape
-    M, K = x.shape
+    K = x.shape[1]
     for group in prange((N + OUTPUTS - 1) // OUTPUTS):
         first = group * OUTPUTS
         count = min(OUTPUTS, N - first)
         panel = panels[numba.get_thread_id()]
-        at, x_at, y_at = panel.ctypes.data, x.ctypes.data, out.ctypes.data + 4 * first
         for j in range(first, first + count):
-            to = at + (j - first) * K * 4
+            to = panel.ctypes.data + (j - first) * K * 4
             expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, to, False)
-        whole, tokens = count // ROWS * ROWS, M // TOKENS * TOKENS
-        for m in range(0, tokens, TOKENS):
-            for j in range(0, whole, ROWS):
-                dot_tokens(panel, at + j * K * 4, K * 4, x_at + m * K * 4, K * 4, K, y_at + (m * N + j) * 4, N * 4, 0)
-        for m in range(M):
-            for j in range(0 if m >= tokens else whole, count):
-                dot_row(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
-            if bias.size:
-                for j in range(first, first + count):
-                    out[m, j] += bias[j]
+        multiply_panel(panel, count, x, bias, out, first)
 
 
 def split_halves(x: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -31,8 +31,6 @@ def check_target(path: Path, suffixes: Sequence[str], force: bool) -> None:
         raise ToyllmError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise ToyllmError(f"{path}: no folder {path.parent} to write to")
-    if path.is_dir():
-        raise ToyllmError(f"{path}: a folder, where a file is to be written")
     if not force and os.path.lexists(path):
         raise ToyllmError(f"{path}: is there already; --force writes over it")
 
@@ -40,17 +38,18 @@ def check_target(path: Path, suffixes: Sequence[str], force: bool) -> None:
 @contextmanager
 def whole_file(path: Path, force: bool) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` when the block ends well; when it does not, nothing is left. Raises ToyllmError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".toyllm-{os.getpid()}.partial")
     try:
-        with partial.open("xb") as file:
-            yield file
-        if not force and os.path.lexists(path):
-            raise ToyllmError(f"{path}: came into being meanwhile; --force writes over it")
-        os.replace(partial, path)  # noqa: PTH105 - what the text above promises, by its name
+        try:
+            with partial.open("xb") as file:
+                yield file
+            if not force and os.path.lexists(path):
+                raise ToyllmError(f"{path}: came into being meanwhile; --force writes over it")
+            os.replace(partial, path)  # noqa: PTH105 - what the text above promises, by its name
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ToyllmError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save(path: Path, tensors: Sequence[Values], force: bool = False) -> None:

@@ -120,13 +120,20 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, suffix: str, error: 
         ("none/x.npy", 1, "no folder"),
         ("x.npy", 2, r"\.npy holds one tensor, not 2; use \.npz or \.safetensors"),
         ("x.csv", 2, r"\.csv holds one tensor"),
-        ("a" * 250 + ".npy", 1, r"cannot be written \(File name too long\)"),
+        ("a" * 300 + ".npy", 1, r"cannot be written \(File name too long\)"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path: Path, name: str, count: int, message: str) -> None:
     with pytest.raises(ToyllmError, match=message):
         save(tmp_path / name, [values("u8"), values("i64")][:count])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(ToyllmError, match=r"cannot be written \(Is a directory\)"):
+        save(tmp_path / "x.npy", [values("u8")], force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
 def test_csv_has_two_axes(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def generate(
     else:
         plan = continuation(loaded, text_or_ids, not no_special, given, wanted)
     loaded_at = time.perf_counter()
-    if not json:
-        announce(plan.settings, loaded.tokenizer.decode(plan.prompt) if loaded.tokenizer and not chat else "")
-    run = consume(plan.events, nullcontext(ignore) if json else messages_shown() if chat else text_shown())
+    if not json and plan.settings.temperature:
+        output.say(f"seed {plan.settings.seed}")
+    run = consume(plan.events, nullcontext(ignore) if json else messages_shown() if chat else text_shown(opening(loaded, plan.prompt)))
     timings = times(run, began, loaded_at)
     if json:
         output.write_json("generate", document(loaded, plan, run, timings, said or {}))
@@ -144,15 +144,23 @@ def consume(events: "Iterable[Event]", shown: Shown) -> Run:
     return Run(tokens, "".join(text), first_at, result)
 
 
+def opening(loaded: "LoadedModel", prompt: list[int]) -> str:
+    """What the continuation continues: the prompt, where a terminal shows both."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return output.printable(loaded.tokenizer.decode(prompt)) if terminal and loaded.tokenizer else ""
+
+
 @contextmanager
-def text_shown() -> "Iterator[Callable[[Event], None]]":
-    """Shows the text as it becomes certain. A line cut short by an error or Ctrl-C is ended too."""
+def text_shown(before: str) -> "Iterator[Callable[[Event], None]]":
+    """Shows the text as it becomes certain, behind what came before it. A line cut short by an error or Ctrl-C is ended too."""
     clean = output.printable if sys.stdout.isatty() else str
-    due = sys.stdout.isatty()  # there the prompt stands on the line already
+    due = False
 
     def show(event: "Event") -> None:
         nonlocal due
-        due = due or bool(event.text or event.result)
+        if before and not due:  # not earlier: notes may come while kernels compile
+            output.say_dimmed(before)
+        due = due or bool(before or event.text or event.result)
         if event.text:
             output.write(clean(event.text))
 
@@ -180,14 +188,6 @@ def document(loaded: "LoadedModel", plan: Plan, run: Run, timings: dict[str, flo
         "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | said,
         **messages,
     }
-
-
-def announce(settings: "Settings", prompt: str) -> None:
-    """The seed, where one is used; and on a terminal the prompt, dimmed, for the continuation to follow."""
-    if settings.temperature:
-        output.say(f"seed {settings.seed}")
-    if prompt and sys.stdout.isatty() and sys.stderr.isatty():
-        output.say_dimmed(output.printable(prompt))
 
 
 def times(run: Run, began: float, loaded_at: float) -> dict[str, float | None]:

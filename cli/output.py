@@ -44,7 +44,7 @@ def write_bytes(data: bytes) -> None:
 def write_json(command: str, document: dict[str, Any]) -> None:
     """One JSON document with its schema first. A bare NaN or infinity is refused: JSON has none."""
     text = json.dumps({"schema": f"toyllm.{command}/1", **document}, ensure_ascii=False, allow_nan=False)
-    write(text + "\n")
+    write("".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text) + "\n")
 
 
 def say(text: str) -> None:

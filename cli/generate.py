@@ -14,7 +14,7 @@ from . import output
 from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
-from .running import load, mixture_rows, settings_entry
+from .running import load, memory_told, mixture_rows, settings_entry, show_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,14 +58,16 @@ def generate(
     check_bounds(given)
     loaded = load(model, running)
     wanted = running["context_size"]
-    if said:
-        plan = answer(cast("str", text_or_ids), begin(loaded, said, given, wanted))
-    else:
-        plan = continuation(loaded, text_or_ids, not no_special, given, wanted)
-    loaded_at = time.perf_counter()
-    if not json and plan.settings.temperature:
-        output.say(f"seed {plan.settings.seed}")
-    run = consume(plan.events, nullcontext(ignore) if json else messages_shown() if chat else text_shown(opening(loaded, plan.prompt)))
+    with memory_told(loaded):
+        if said:
+            plan = answer(cast("str", text_or_ids), begin(loaded, said, given, wanted))
+        else:
+            plan = continuation(loaded, text_or_ids, not no_special, given, wanted)
+        loaded_at = time.perf_counter()
+        if not json and plan.settings.temperature:
+            output.say(f"seed {plan.settings.seed}")
+        shown = nullcontext(ignore) if json else messages_shown() if chat else text_shown(opening(loaded, plan.prompt))
+        run = consume(plan.events, shown)
     timings = times(run, began, loaded_at)
     if json:
         output.write_json("generate", document(loaded, plan, run, timings, said or {}))
@@ -75,6 +77,7 @@ def generate(
         note_ending(plan.conversation, run.result)
     if stats:
         show_stats(loaded, run.result, timings, time.perf_counter() - began)
+        show_memory(loaded, plan.room)
 
 
 def check_chat(context: typer.Context, chat: bool) -> None:

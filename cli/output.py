@@ -106,6 +106,11 @@ def colours(stream: TextIO) -> bool:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[int] = ()) -> None:
     """A plain table to stdout: two spaces between columns, the columns in `right` aligned right; never wrapped or cut."""
+    write("".join(line + "\n" for line in table_lines(header, rows, right)))
+
+
+def table_lines(header: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[int] = ()) -> list[str]:
+    """The lines of a table."""
     lines = [[one_line(cell) for cell in row] for row in (list(header), *rows)]
     widths = [max(display_width(row[i]) for row in lines) for i in range(len(lines[0]))]
     flush_right = set(right)
@@ -114,7 +119,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[
         space = " " * (widths[i] - display_width(cell))
         return space + cell if i in flush_right else cell + space
 
-    write("".join("  ".join(pad(cell, i) for i, cell in enumerate(row)).rstrip() + "\n" for row in lines))
+    return ["  ".join(pad(cell, i) for i, cell in enumerate(row)).rstrip() for row in lines]
 
 
 def display_width(text: str) -> int:

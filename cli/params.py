@@ -10,12 +10,13 @@ import typer
 from . import output
 from .models import size_text
 from .options import DEFAULT_MODEL, RUNNING, Json, Model, option, takes
+from .running import memory_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ..models.location import ModelFiles
-    from ..models.memory import Allocation, Running
+    from ..models.memory import Running
     from ..models.params import Anatomy, Entry
     from ..models.parts import Part
 
@@ -218,26 +219,14 @@ def show_counts(a: "Anatomy", layers: bool) -> None:
         output.write("\n")
 
 
-def memory_table(pieces: "Iterable[Allocation]") -> list[tuple[str, ...]]:
-    """A plan, or what came of it, as rows of text: part, bytes of each kind, status."""
-    from ..models.memory import KINDS, memory_rows
-
-    def cell(nbytes: int | None) -> str:
-        return f"{nbytes:,}" if nbytes else "-"
-
-    return [(part, *(cell(sizes.get(kind)) for kind in KINDS), status) for part, sizes, status in memory_rows(pieces)]
-
-
 def show_memory(a: "Anatomy", run: "Running", bandwidth: float | None) -> None:
     """The memory plan, whether it fits, and what a token costs."""
-    from ..models.memory import KINDS, plan, total
+    from ..models.memory import plan
     from ..models.parts import whole
 
     part = whole(a)
     pieces = plan(a, part, run)
-    rows = [*memory_table(pieces), ("total", *(f"{total(pieces, kind):,}" for kind in KINDS), "")]
-    output.table(("memory", *KINDS, "status"), rows, right=(1, 2, 3, 4))
-    output.write("\n")
+    output.write("".join(line + "\n" for line in memory_lines(pieces)) + "\n")
     settings = f"{run.context:,} positions, keys and values in {run.cache_dtype}, prompts by {run.prefill_chunk}"
     facts = [row for row in running_rows(part_figures(a, part, run, bandwidth)) if row[1]]
     output.table(("running", ""), [("context", settings), *facts])

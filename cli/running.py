@@ -1,10 +1,15 @@
 """A model as a command runs it: loaded with the shared options, its files read ahead where they are not in memory."""
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.errors import OutOfMemory
 from . import output
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ..models.memory import Allocation
     from ..models.model import Model
 
 LOADING = ("prefill_chunk", "cache_dtype", "moe", "tokens_per_expert_ratio", "threads", "backend", "exact", "poison_cache")
@@ -41,3 +46,38 @@ def mixture_rows(loaded: "Model") -> list[tuple[str, str]]:
     mixing = loaded.kernels.mixing
     rows = [("mixture of experts", ", ".join(sorted(mixing.ran)))] if mixing.ran else []
     return [*rows, ("dropped pairs", str(mixing.dropped))] if "budget" in mixing.ran else rows
+
+
+def memory_lines(pieces: "Iterable[Allocation]") -> list[str]:
+    """A memory plan, or what came of it, as the lines of a table: a row a part, bytes of each kind, status."""
+    from ..models.memory import KINDS, memory_rows, total
+
+    def cell(nbytes: int | None) -> str:
+        return f"{nbytes:,}" if nbytes else "-"
+
+    pieces = tuple(pieces)
+    rows = [(part, *(cell(sizes.get(kind)) for kind in KINDS), status) for part, sizes, status in memory_rows(pieces)]
+    rows.append(("total", *(f"{total(pieces, kind):,}" for kind in KINDS), ""))
+    return output.table_lines(("memory", *KINDS, "status"), rows, right=(1, 2, 3, 4))
+
+
+def show_memory(loaded: "Model", room: int) -> None:
+    """What a run of so many positions allocated, to stderr."""
+    from ..models.memory import ALLOCATED, KINDS, mark, of_model
+
+    pieces = of_model(loaded, room)
+    for kind in KINDS:
+        pieces = mark(pieces, kind, ALLOCATED)
+    output.say("\n".join(memory_lines(pieces)))
+
+
+@contextmanager
+def memory_told(loaded: "Model") -> "Iterator[None]":
+    """Shows the memory plan to stderr where a KV cache is refused, or fails to be allocated."""
+    from ..models.memory import FAILED, mark, of_model
+
+    try:
+        yield
+    except OutOfMemory as error:
+        output.say("\n".join(memory_lines(mark(of_model(loaded, error.context), "cache", FAILED))))
+        raise

@@ -7,11 +7,12 @@ came of it. Weights are pages of the memory map, which the system may drop and r
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..kernels.errors import ToyllmError
 from .cache import BLOCK, DTYPES
-from .params import Anatomy, one_layer, sizes
-from .parts import Part
+from .params import Anatomy, anatomy, one_layer, sizes
+from .parts import Part, whole
 
 PLANNED, ALLOCATED, FAILED = "planned", "allocated", "failed"
 KINDS = ("weights", "widened", "cache", "work")
@@ -89,6 +90,12 @@ def threads() -> int:
     """The most threads that kernels may run on, each with scratch of its own: as Numba finds them."""
     given = os.environ.get("NUMBA_NUM_THREADS", "")
     return int(given) if given.isdecimal() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def of_model(model: Any, context: int) -> tuple[Allocation, ...]:
+    """What a loaded model allocates to run one sequence of so many positions."""
+    a = anatomy(model.files)
+    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk))
 
 
 def mark(pieces: Iterable[Allocation], kind: str, status: str) -> tuple[Allocation, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..kernels.checks import check_array
-from ..kernels.errors import ToyllmError
+from ..kernels.errors import OutOfMemory, ToyllmError
 from .cache import DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import GenerationDefaults, generation_defaults, load_config
@@ -78,16 +78,21 @@ class Model:
         fits = bisect_right(range(1, most + 1), room, key=needs)
         figures = f"the KV cache takes {needs(wanted or most) / 1e9:.2f} GB, {max(0, room) / 1e9:.2f} GB are free beside the weights"
         if not fits:
-            raise ToyllmError(f"no context fits in memory: {figures}; close other programs, or take a smaller model")
+            raise OutOfMemory(f"no context fits in memory: {figures}; close other programs, or take a smaller model", wanted or most)
         if wanted is not None:
-            raise ToyllmError(f"--context {wanted}: {figures}; try --context {fits}")
+            raise OutOfMemory(f"--context {wanted}: {figures}; try --context {fits}", wanted)
         log.info("context reduced from %d to %d: %s", most, fits, figures)
         return fits
 
     def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
-        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's)."""
+        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's). Raises OutOfMemory."""
         room = self.config.context if context is None else context
-        return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
+        try:
+            return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
+        except MemoryError as error:
+            nbytes = sequences * self.family.cache_bytes(self.config, room, self.prefill_chunk, self.cache_dtype)
+            text = f"--context {room}: the KV cache takes {nbytes / 1e9:.2f} GB, which the system does not give; try a smaller --context"
+            raise OutOfMemory(text, room) from error
 
     def forward(
         self,

@@ -176,7 +176,7 @@ def test_nothing_but_the_text_is_on_stdout_and_no_escape_anywhere_off_a_terminal
     lines = err.splitlines()
     assert lines[0] == "seed 1"
     assert all(re.match(r" *\d+  ['\"].*  +-\d+\.\d{4}  ", line) for line in lines[1:9])
-    assert [line.split(":")[0] for line in lines[9:]] == [
+    assert [line.split(":")[0] for line in lines[9:18]] == [
         "total duration",
         "load duration",
         "prompt eval count",
@@ -187,6 +187,32 @@ def test_nothing_but_the_text_is_on_stdout_and_no_escape_anywhere_off_a_terminal
         "eval rate",
         "time to first token",
     ]
+    assert lines[18].split() == ["memory", "weights", "widened", "cache", "work", "status"]
+    assert all(line.endswith("allocated") for line in lines[19:-1])
+    assert lines[-1].startswith("total ")
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_plan(toyllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toyllm.models import model
+
+    monkeypatch.setattr(model, "available_memory", lambda: model.RESERVE + 15 * 10**6)
+    code, out, err = toyllm("generate", "Once", "--context", "512")
+    assert (code, out) == (1, "")
+    assert "layer 0   1,579,520   13,312  1,048,576            -  weights planned, widened planned, cache failed" in err
+    assert err.splitlines()[-1].startswith("error: --context 512: the KV cache takes 0.01 GB, 0.00 GB are free beside the weights; try ")
+
+
+def test_a_cache_that_the_system_does_not_give_is_one_line_behind_the_plan(toyllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toyllm.models import gpt2
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(gpt2, "make_cache", refuse)
+    code, out, err = toyllm("generate", "Once", "--context", "100")
+    assert (code, out) == (1, "")
+    assert "cache failed" in err
+    assert err.splitlines()[-1].startswith("error: --context 100: the KV cache takes 0.00 GB, which the system does not give; try ")
 
 
 def test_no_figure_is_made_up_where_nothing_was_generated(toyllm: Any) -> None:

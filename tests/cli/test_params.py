@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from toyllm.cli import params as command
 from toyllm.cli.main import run
 
 hollow = runpy.run_path(str(Path(__file__).parents[1] / "hollow.py"))
@@ -188,7 +187,10 @@ def test_no_arithmetic_is_loaded(name: str) -> None:
 
 
 def test_an_allocation_that_failed_is_shown_as_such() -> None:
+    from toyllm.cli.running import memory_lines
     from toyllm.models.memory import ALLOCATED, FAILED, Allocation
 
     pieces = (Allocation("layer 0", "weights", 1000, ALLOCATED), Allocation("layer 0", "cache", 2000, FAILED))
-    assert command.memory_table(pieces) == [("layer 0", "1,000", "-", "2,000", "-", "weights allocated, cache failed")]
+    assert [line.split("  ") for line in memory_lines(pieces)][1][-1] == "weights allocated, cache failed"
+    assert memory_lines(pieces)[1].split()[:6] == ["layer", "0", "1,000", "-", "2,000", "-"]
+    assert memory_lines(pieces)[2].split() == ["total", "1,000", "0", "2,000", "0"]

@@ -6,8 +6,9 @@ x f32 [M, K], w [K, N] in f32, f16 or bf16, bias f32 [N] or none, out f32 [M, N]
 * by output: w is the transpose of a C-contiguous [N, K], whose row j makes output j (every other linear layer).
 
 Weights are widened exactly, products and sums are f32: by output in 16 partial sums that end in a tree, by input in one
-chain over k. The order of summation depends on neither M, N nor the number of threads: a row of x gives the same bits
-alone and among others. NaN and infinities spread to the outputs that use them. Any K, M and N, 1 included.
+chain over k. The order of summation depends on neither M, N nor the number of threads, and the tiles' kernels are compiled
+strictly: a row of x gives the same bits alone and among others. NaN and infinities spread to the outputs that use them. Any K,
+M and N, 1 included.
 
 One row (decode) reads every weight once and runs at the speed of memory; more rows (prefill) expand a strip of weights
 to f32 in the second-level cache and reuse it for all of them.
@@ -54,7 +55,7 @@ def matmul_reference(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.nda
         out += bias
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _one_by_output(x, w, bias, out):
     """One row, w [N, K]: dot products of `ROWS` outputs at a time."""
     N, K = w.shape
@@ -93,7 +94,7 @@ def multiply_panel(panel, count, x, bias, out, first):
                 out[m, j] += bias[j]
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _many_by_output(x, w, bias, out, panels):
     """Many rows, w [N, K]: `OUTPUTS` rows of w are expanded to f32, then tiles of `ROWS` x `TOKENS`."""
     N, K = w.shape
@@ -107,7 +108,7 @@ def _many_by_output(x, w, bias, out, panels):
         multiply_panel(panel, count, x, bias, out, first)
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _one_by_input(x, w, bias, out):
     """One row, w [K, N]: strips of columns, each a chain over all inputs."""
     K, N = w.shape
@@ -126,7 +127,7 @@ def _one_by_input(x, w, bias, out):
                 out[0, j] += bias[j]
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _many_by_input(x, w, bias, out, panels):
     """Many rows, w [K, N]: `PANEL` columns of w are expanded to f32, then tiles of `GROUP` rows by `PANEL` columns."""
     K, N = w.shape

@@ -44,7 +44,7 @@ def _split_halves(x, out):
                 out[m, b + BLOCK // 2 + i] = x[m, b + 2 * i + 1]
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _dequantize(blocks, scales, table, out):
     N, n = scales.shape
     for j in prange(N):
@@ -52,7 +52,7 @@ def _dequantize(blocks, scales, table, out):
         expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, to, True)
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _one(x, blocks, scales, table, bias, out):
     """One row of x, its blocks in halves: `ROWS` rows of W at a time, straight from their bytes."""
     N, n = scales.shape
@@ -70,7 +70,7 @@ def _one(x, blocks, scales, table, bias, out):
                 out[0, j] += bias[j]
 
 
-@kernel(parallel=True)
+@kernel(parallel=True, strict=True)
 def _many(x, blocks, scales, table, bias, out, panels):
     """Many rows of x, their blocks in halves: `OUTPUTS` rows of W are expanded, then tiles of `ROWS` x `TOKENS`."""
     N, n = scales.shape

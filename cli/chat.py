@@ -13,7 +13,7 @@ from . import output
 from .conversing import CHATTING, begin, check_chatting, messages_shown, note_ending
 from .generate import consume, show_stats, times
 from .options import RUNNING, SAMPLING, Group, Stats, number, option, takes
-from .running import load
+from .running import load, memory_told
 
 if TYPE_CHECKING:
     from ..models.chat import Conversation
@@ -52,12 +52,13 @@ def chat(
     said = check_chatting(context, chatting)
     check_bounds(sampling)
     loaded = load(model, running)
-    conversation = begin(loaded, said, sampling, running["context_size"])
-    if conversation.settings.temperature:
-        output.say(f"seed {conversation.settings.seed}")
-    if sys.stdin.isatty():
-        output.say(f"{output.one_line(model)}, context {conversation.context}; /help says more, Ctrl-D ends")
-    talk(conversation, stats)
+    with memory_told(loaded):
+        conversation = begin(loaded, said, sampling, running["context_size"])
+        if conversation.settings.temperature:
+            output.say(f"seed {conversation.settings.seed}")
+        if sys.stdin.isatty():
+            output.say(f"{output.one_line(model)}, context {conversation.context}; /help says more, Ctrl-D ends")
+        talk(conversation, stats)
 
 
 def talk(conversation: "Conversation", stats: bool) -> None:

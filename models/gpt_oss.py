@@ -8,6 +8,7 @@ The arithmetic is openai/gpt-oss torch/model.py in f32. Shapes: T tokens, D widt
 width F, k of them a token, V vocabulary.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -379,14 +380,22 @@ def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int
 # ---- attention, mixture of experts, block, forward --------------------------------------------------------------------------
 
 
-def rotations(c: Config, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin f32 [T, Dh/2] of the rotary embedding at these positions, YaRN's factor on both."""
+@functools.cache
+def frequencies(c: Config) -> tuple[np.ndarray, float]:
+    """The rotary embedding's frequencies f64 [Dh/2] and the factor on cos and sin: the same for every pass."""
     from ..kernels import rotary
 
     if c.rope_type == "yarn":
         settings = (c.rope_factor, c.rope_original_context, c.rope_beta_fast, c.rope_beta_slow, c.rope_truncate)
-        return rotary.rotations(positions, *rotary.yarn_frequencies(c.head_dim, c.rope_theta, *settings))
-    return rotary.rotations(positions, c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim))
+        return rotary.yarn_frequencies(c.head_dim, c.rope_theta, *settings)
+    return c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim), 1.0
+
+
+def rotations(c: Config, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin f32 [T, Dh/2] of the rotary embedding at these positions, YaRN's factor on both."""
+    from ..kernels import rotary
+
+    return rotary.rotations(positions, *frequencies(c))
 
 
 def attention(

@@ -6,7 +6,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
 
@@ -59,16 +59,35 @@ def say_dimmed(text: str) -> None:
     sys.stderr.flush()
 
 
-@contextmanager
-def byte_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def byte_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """A bar of bytes on stderr, shown from the first call of progress(done, total) on; only on a terminal."""
+    return count_bar(label, None)
+
+
+def token_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """As `byte_bar`, of tokens."""
+    return count_bar(label, "tokens")
+
+
+@contextmanager
+def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], None]]:
+    """A bar of counts of a unit; of bytes where it is None."""
     if not colours(sys.stderr):
         yield lambda done, total: None  # noqa: ARG005
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    amount = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn())
     bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
 
     def progress(done: int, total: int) -> None:

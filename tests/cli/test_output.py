@@ -84,16 +84,18 @@ def test_colours_belong_on_a_terminal_that_wants_them(
     assert stream.getvalue() == ("\x1b[2mOnce\x1b[0m" if colours else "Once")
 
 
-def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bar", [output.byte_bar, output.token_bar])
+def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, bar: Any) -> None:
     for terminal in (False, True):
         stream = Stream(terminal)
         monkeypatch.setattr(sys, "stderr", stream)
-        with output.byte_bar("reading \x1b[31m[b]x[/b]") as progress:
+        with bar("reading \x1b[31m[b]x[/b]") as progress:
             assert stream.getvalue() == ""
             progress(500, 1000)
             progress(1000, 1000)
         assert bool(stream.getvalue()) is terminal
         assert (r"reading \x1b[31m[b]x[/b]" in stream.getvalue()) is terminal
+        assert ("1000/1000" in stream.getvalue() and "tokens" in stream.getvalue()) is (terminal and bar is output.token_bar)
 
 
 def test_a_bar_that_is_never_filled_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -101,6 +102,25 @@ def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], Non
         yield progress
     finally:
         bar.stop()
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that each call of show(text) replaces; only on a terminal. An empty text takes it away, as the end does.
+
+    Unlike a bar it has no thread of its own: what is being measured has the processor to itself.
+    """
+    shown = colours(sys.stderr)
+
+    def show(text: str) -> None:
+        if shown:
+            sys.stderr.write("\r\x1b[2K" + one_line(text)[: shutil.get_terminal_size().columns - 1])
+            sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        show("")
 
 
 def printable(text: str) -> str:

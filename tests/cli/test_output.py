@@ -106,6 +106,18 @@ def test_a_bar_that_is_never_filled_is_never_shown(monkeypatch: pytest.MonkeyPat
     assert stream.getvalue() == ""
 
 
+def test_a_status_line_replaces_itself_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    for terminal in (False, True):
+        stream = Stream(terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(KeyboardInterrupt), output.status_line() as show:
+            show("one\x1b[31m, which is long")
+            show("two")
+            raise KeyboardInterrupt
+        assert stream.getvalue() == ("\r\x1b[2Kone\\x1b[31m\r\x1b[2Ktwo\r\x1b[2K" if terminal else "")
+
+
 def test_a_table_lines_up_by_width_and_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
     output.table(("name", "n"), [("日本", "1"), ("e\u0301", "22"), ("x" * 300, "3"), ("a\nb\x1b", "4")], right=(1,))
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,204 @@
+"""What a card is: plain frozen data, equal when they say the same.
+
+Expressions, types and tensor names are kept as strings: `language` reads them when a card is checked or run, and not before. The
+places in a file (`line`, `column`, `raw`) do not count when cards are compared. LANGUAGE.md describes what the texts mean.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..kernels.errors import ToyllmError
+
+KINDS = ("bind", "update", "for", "if", "else", "end", "return", "comment")
+CLOSING = ("else", "end")  # steps that stand one depth further out than what is before them
+
+HyperValue = int | float | bool | str | tuple["HyperValue", ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a text stands in a file, counted from 1; `raw` is the text as it was written there."""
+
+    file: str = ""
+    line: int = 0
+    column: int = 0
+    raw: str = ""
+
+
+NOWHERE = Place()
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Names of one type: `γ, β ∈ R^D   (of the norm) [norm_1.weight, norm_1.bias]`."""
+
+    names: tuple[str, ...]
+    type: str
+    note: str = ""
+    keys: tuple[str, ...] = ()  # names of tensors, one for each of `names`, or none
+    place: Place = field(default=NOWHERE, compare=False, repr=False)  # of the type
+
+    @property
+    def key(self) -> dict[str, str]:
+        """The tensor of each name that has one."""
+        return dict(zip(self.names, self.keys, strict=True)) if self.keys else {}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A size or setting of the model; None is not filled in."""
+
+    name: str
+    value: HyperValue | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the algorithm.
+
+    `expression` is the right side of a bind or update, `0, …, L-1` or a vector's name of a for, the condition of an if (of an else: empty
+    or one more condition), and what a return gives. `shapes` has a type for each variable, or is empty; `taps` the engine's name for
+    each variable ("" has none), or is empty. A comment has only a note.
+    """
+
+    kind: str
+    variables: tuple[str, ...] = ()
+    expression: str = ""
+    shapes: tuple[str, ...] = ()
+    note: str = ""
+    taps: tuple[str, ...] = ()
+    depth: int = 0
+    place: Place = field(default=NOWHERE, compare=False, repr=False)  # of the expression
+    targets: Place = field(default=NOWHERE, compare=False, repr=False)  # of the variables
+    margin: Place = field(default=NOWHERE, compare=False, repr=False)  # of the shapes
+
+
+@dataclass(frozen=True)
+class Card:
+    """One algorithm. `given` are the names behind the semicolon of the headline, `lines` the remarks below the parameters."""
+
+    name: str
+    family: str = ""
+    inputs: tuple[Declaration, ...] = ()
+    outputs: tuple[Declaration, ...] = ()
+    hypers: tuple[Hyper, ...] = ()
+    params: tuple[Declaration, ...] = ()
+    lines: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    given: tuple[str, ...] = ()
+    place: Place = field(default=NOWHERE, compare=False, repr=False)  # of the headline
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return names_of(self.inputs)
+
+    @property
+    def namespace(self) -> str:
+        """The namespace in which its calls are looked up first."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def called(self) -> str:
+        """The name by which cards of its namespace call it."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def signature(self) -> str:
+        """Its headline: name and arguments."""
+        given = f"; {', '.join(self.given)}" if self.given else ""
+        return f"{self.name}({', '.join(self.arguments)}{given})"
+
+
+def names_of(declarations: Iterable[Declaration]) -> tuple[str, ...]:
+    """All names that are declared, in order."""
+    return tuple(name for declaration in declarations for name in declaration.names)
+
+
+def base_of(variable: str) -> str:
+    """The name that an assignment to `variable` changes: that of `K` for `K[:, p]`."""
+    return variable.partition("[")[0].rstrip()
+
+
+# ---- what follows from the steps ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Open:
+    """A for or an if whose end has not come: the names bound before it, and by the end of the branches so far."""
+
+    step: Step
+    before: set[str]
+    after: set[str]
+    last_branch: bool  # nothing but an end can follow: a for, or an if whose plain else has come
+
+
+def arrange(inputs: Sequence[Declaration], steps: Iterable[Step]) -> tuple[Step, ...]:
+    """The steps with the depths and the kinds (bind or update) that follow from their order. Raises ToyllmError where ends do not match."""
+    arranged: list[Step] = []
+    opened: list[Open] = []
+    bound = set(names_of(inputs))
+    for step in steps:
+        if step.kind == "end" and not opened:
+            raise misplaced(step, "no `for` or `if` is open here")
+        if step.kind == "else" and (not opened or opened[-1].last_branch):
+            raise misplaced(step, "no `if` is open here that could have one more branch")
+        kind, depth = step.kind, len(opened) - (step.kind in CLOSING)
+        if kind in ("bind", "update"):
+            changed = {base_of(v) for v in step.variables}
+            kind = "update" if changed <= bound else "bind"
+            bound |= changed
+        elif kind in ("for", "if"):
+            opened.append(Open(step, set(bound), set(), kind == "for"))
+        elif kind == "else":
+            opened[-1].after |= bound
+            opened[-1].last_branch = not step.expression
+            bound = set(opened[-1].before)
+        elif kind == "end":
+            bound |= opened.pop().after
+        arranged.append(replace(step, kind=kind, depth=depth))
+    if opened:
+        raise misplaced(opened[-1].step, "it has no `end`")
+    return tuple(arranged)
+
+
+def misplaced(step: Step, what: str) -> ToyllmError:
+    """The error of a step that does not belong where it is."""
+    place = f"{step.targets.file}:{step.targets.line}:{step.targets.column}: " if step.targets.line else ""
+    return ToyllmError(f"{place}`{step.kind}`: {what}")
+
+
+def closes(steps: Sequence[Step], end: int) -> str:
+    """What the `end` at this index closes: "for" or "if"."""
+    return next(s.kind for s in reversed(steps[:end]) if s.depth == steps[end].depth and s.kind in ("for", "if"))
+
+
+# ---- values of hypers --------------------------------------------------------------------------------------------------------
+
+
+def value_text(value: HyperValue) -> str:
+    """A hyper's value as it is written: `768`, `1e-05`, `∞`, `true`, `gelu_new`, `(128,∞)×12`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}∞" if math.isinf(value) else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        return value if is_word(value) else quoted(value)
+    n = len(value)
+    period = next((p for p in range(1, n // 2 + 1) if n % p == 0 and value == value[:p] * (n // p)), n)
+    return f"({','.join(map(value_text, value[:period]))})" + (f"×{n // period}" if period != n else "")
+
+
+def is_word(text: str) -> bool:
+    """Whether a hyper's text can stand without quotes, and is not taken for something else."""
+    return text[:1].isalpha() and text.replace("_", "a").replace("-", "a").isalnum() and text not in ("true", "false", "inf", "NaN")
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, with escapes as in JSON."""
+    import json
+
+    return json.dumps(text, ensure_ascii=False)

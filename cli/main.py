@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from ..kernels.errors import ToyllmError
 from . import output
+from .bench import bench
 from .chat import chat
 from .check import check
 from .detokenize import detokenize
@@ -53,7 +54,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, bench, pull):
     app.command()(command)
 
 

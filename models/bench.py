@@ -50,8 +50,6 @@ log = logging.getLogger("toyllm")
 class Test:
     """What to measure."""
 
-    __test__ = False  # pytest: not one of yours
-
     kind: str  # PREFILL or DECODE
     tokens: int
     depth: int  # positions before them
@@ -116,8 +114,8 @@ def work_of(a: Anatomy, test: Test, cache_dtype: str, every_expert: bool = False
 def positions_seen(window: int | None, test: Test) -> int:
     """How many positions the test's tokens see in a layer, themselves included, all together: Σ min(n, window), n = depth + 1 ..."""
     first, last = test.depth + 1, test.end
-    whole = last if window is None else min(max(window, test.depth), last)  # up to this one a token sees all before it
-    return (first + whole) * (whole - test.depth) // 2 + (last - whole) * (window or 0)
+    edge = last if window is None else min(max(window, test.depth), last)  # up to this one a token sees all before it
+    return (first + edge) * (edge - test.depth) // 2 + (last - edge) * (window or 0)
 
 
 # ---- what came of it --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import toyllm
 from toyllm.kernels.errors import ToyllmError
 from toyllm.kernels.threads import set_threads
 from toyllm.models import bench, memory
-from toyllm.models.bench import DECODE, PREFILL, READS, Bench, Measured, Test, Work, combine, work_of
+from toyllm.models.bench import DECODE, PREFILL, READS, Bench, Measured, Work, combine, work_of
+from toyllm.models.bench import Test as Case  # pytest would take a Test for its own
 from toyllm.models.location import ModelFiles
 from toyllm.models.params import Anatomy, anatomy
 from toyllm.models.parts import whole
@@ -47,7 +48,7 @@ def test_tests_are_all_combinations_depth_by_depth_then_threads() -> None:
     assert [(t.name, t.threads) for t in tests] == [
         (name + depth, threads) for depth in ("", " @ d4096") for threads in (1, 2) for name in ("pp512", "pp64", "tg128")
     ]
-    assert tests[-1] == Test(DECODE, 128, 4096, 2)
+    assert tests[-1] == Case(DECODE, 128, 4096, 2)
     assert tests[-1].end == 4224
 
 
@@ -58,21 +59,21 @@ def test_a_size_of_0_is_no_test() -> None:
 @pytest.mark.parametrize(
     ("test", "context", "message"),
     [
-        (Test(PREFILL, 101, 0, 1), None, "pp101 takes 101 positions, the context has 100: lower --prompt-sizes"),
-        (Test(DECODE, 1, 100, 1), None, "tg1 @ d100 takes 101 positions, the context has 100: lower --depth or --generation-lengths"),
-        (Test(DECODE, 60, 0, 1), 50, "tg60 takes 60 positions, the context has 50: lower --generation-lengths, or raise --context"),
-        (Test(DECODE, 160, 0, 1), 50, "tg160 takes 160 positions, the context has 50: lower --generation-lengths"),
+        (Case(PREFILL, 101, 0, 1), None, "pp101 takes 101 positions, the context has 100: lower --prompt-sizes"),
+        (Case(DECODE, 1, 100, 1), None, "tg1 @ d100 takes 101 positions, the context has 100: lower --depth or --generation-lengths"),
+        (Case(DECODE, 60, 0, 1), 50, "tg60 takes 60 positions, the context has 50: lower --generation-lengths, or raise --context"),
+        (Case(DECODE, 160, 0, 1), 50, "tg160 takes 160 positions, the context has 50: lower --generation-lengths"),
     ],
 )
-def test_what_passes_the_context_is_refused_with_both_numbers(test: Test, context: int | None, message: str) -> None:
+def test_what_passes_the_context_is_refused_with_both_numbers(test: Case, context: int | None, message: str) -> None:
     with pytest.raises(ToyllmError) as error:
-        bench.check_room([Test(PREFILL, 50, 0, 1), test], 100, context)
+        bench.check_room([Case(PREFILL, 50, 0, 1), test], 100, context)
     assert str(error.value) == message
 
 
 def test_what_fills_the_context_is_not() -> None:
-    bench.check_room([Test(PREFILL, 60, 40, 1)], 100)
-    bench.check_room([Test(PREFILL, 60, 20, 1)], 100, 80)
+    bench.check_room([Case(PREFILL, 60, 40, 1)], 100)
+    bench.check_room([Case(PREFILL, 60, 20, 1)], 100, 80)
 
 
 # What a test has to do
@@ -83,14 +84,14 @@ def test_what_fills_the_context_is_not() -> None:
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_positions_seen_are_those_of_each_token(window: int | None, depth: int, tokens: int) -> None:
     expected = sum(min(n, window or n) for n in range(depth + 1, depth + tokens + 1))
-    assert bench.positions_seen(window, Test(PREFILL, tokens, depth, 1)) == expected
+    assert bench.positions_seen(window, Case(PREFILL, tokens, depth, 1)) == expected
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("depth", [0, 100, 1000])
 def test_decoding_reads_and_computes_what_params_says_of_its_tokens(model: Anatomy, depth: int, dtype: str) -> None:
     tokens = [token(model, depth + i, dtype) for i in range(9)]
-    work = work_of(model, Test(DECODE, 9, depth, 1), dtype)
+    work = work_of(model, Case(DECODE, 9, depth, 1), dtype)
     assert work.weight_bytes == tokens[0].weight_bytes
     assert work.cache_bytes == pytest.approx(np.mean([t.cache_bytes for t in tokens]), rel=1e-12)
     assert work.token_bytes == work.weight_bytes + work.cache_bytes
@@ -102,7 +103,7 @@ def test_a_prompt_computes_its_tokens_but_the_head_once(model: Anatomy, depth: i
     heads = {"embed": "gpt2", "head": "other"}
     head = sum(2 * e.weights for e in whole(model).entries if e.key in heads and e.multiplied)
     assert head in (2 * 50257 * 768, 2 * 201_088 * 2880)
-    work = work_of(model, Test(PREFILL, 9, depth, 1), "f32")
+    work = work_of(model, Case(PREFILL, 9, depth, 1), "f32")
     assert work.flops == sum(token(model, depth + i).flops for i in range(9)) - 8 * head
     assert work.token_bytes == 0
 
@@ -110,7 +111,7 @@ def test_a_prompt_computes_its_tokens_but_the_head_once(model: Anatomy, depth: i
 def test_every_expert_is_as_many_times_the_experts_bytes(tmp_path: Path) -> None:
     a = of_config(tmp_path, GPT_OSS_20B)
     experts = sum(e.nbytes for e in a.entries if e.component == "experts")
-    few, all_of_them = (work_of(a, Test(DECODE, 1, 0, 1), "f32", every).weight_bytes for every in (False, True))
+    few, all_of_them = (work_of(a, Case(DECODE, 1, 0, 1), "f32", every).weight_bytes for every in (False, True))
     assert all_of_them - few == experts - experts * 4 // 32
 
 
@@ -131,7 +132,7 @@ def test_the_experts_that_count_are_those_that_run(moe: str, every: bool) -> Non
     c, matrix = model.config, sum(e.nbytes for e in anatomy(model.files).entries if e.component == "experts") // 8
     count = c.num_local_experts if every else len(ran) // c.num_hidden_layers
     others = sum(e.read for e in whole(made.anatomy).entries if e.component != "experts")
-    assert bench.work(made, Test(DECODE, 1, 0, 1)).weight_bytes == others + matrix * count
+    assert bench.work(made, Case(DECODE, 1, 0, 1)).weight_bytes == others + matrix * count
     assert ("all" in model.kernels.mixing.ran) is every
 
 
@@ -139,7 +140,7 @@ def test_the_experts_that_count_are_those_that_run(moe: str, every: bool) -> Non
 
 
 def test_the_figures_follow_from_seconds_and_work() -> None:
-    m = Measured(Test(DECODE, 10, 5, 2), Work(7_000_000, 4000, 1000), (1.0, 2.0, 5.0), 90_000, (3.0, 1.0, 2.0))
+    m = Measured(Case(DECODE, 10, 5, 2), Work(7_000_000, 4000, 1000), (1.0, 2.0, 5.0), 90_000, (3.0, 1.0, 2.0))
     assert m.rates == (10, 5, 2)
     assert m.byte_rate == 10 * 5000 / 2
     assert m.stream_rate == 90_000 / 2
@@ -148,7 +149,7 @@ def test_the_figures_follow_from_seconds_and_work() -> None:
 
 
 def test_a_prompt_has_no_share_of_memory() -> None:
-    m = Measured(Test(PREFILL, 10, 0, 2), Work(8_000_000), (2.0,), 0, ())
+    m = Measured(Case(PREFILL, 10, 0, 2), Work(8_000_000), (2.0,), 0, ())
     assert (m.byte_rate, m.stream_rate, m.share) == (None, None, None)
     assert m.flop_rate == 4_000_000
 
@@ -263,7 +264,7 @@ def test_what_is_measured_is_the_models_own_forward(oss: Bench) -> None:
 
 
 def test_tokens_are_drawn_from_the_whole_vocabulary_and_always_the_same(oss: Bench) -> None:
-    again = bench.set_up(oss.model, [Test(PREFILL, 4, 0, 1)], 264)
+    again = bench.set_up(oss.model, [Case(PREFILL, 4, 0, 1)], 264)
     assert again.ids == oss.ids
     assert again.stream is None
     assert len(set(oss.ids)) > 200
@@ -274,7 +275,7 @@ def test_tokens_are_drawn_from_the_whole_vocabulary_and_always_the_same(oss: Ben
 @pytest.mark.parametrize("kind", [PREFILL, DECODE])
 def test_a_real_run_counts_every_repetition(short: None, kind: str) -> None:
     model = toyllm.load("tales-gpt2", threads=1)
-    test = Test(kind, 8, 24, 1)
+    test = Case(kind, 8, 24, 1)
     made = bench.set_up(model, [test], 32)
     told: list[str] = []
     m = bench.measure(made, test, 3, lambda what, done, total: told.append(what))
@@ -300,7 +301,7 @@ def test_each_test_runs_on_its_own_threads_and_is_filled_on_the_models(short: No
     counts: list[int] = []
     monkeypatch.setattr(bench, "set_threads", counts.append)
     model = toyllm.load("tales-gpt2", threads=1)
-    tests = [Test(PREFILL, 4, 4, 1), Test(PREFILL, 4, 4, 7)]
+    tests = [Case(PREFILL, 4, 4, 1), Case(PREFILL, 4, 4, 7)]
     made = bench.set_up(model, tests, 8)
     assert counts == [1, 7], "all are checked before anything runs"
     counts.clear()
@@ -310,7 +311,7 @@ def test_each_test_runs_on_its_own_threads_and_is_filled_on_the_models(short: No
 
 def test_threads_that_there_are_not_are_refused(short: None) -> None:
     with pytest.raises(ToyllmError, match=r"^--threads 4096: expected 1 to \d+"):
-        bench.set_up(toyllm.load("tales-gpt2"), [Test(PREFILL, 4, 0, 4096)], 4)
+        bench.set_up(toyllm.load("tales-gpt2"), [Case(PREFILL, 4, 0, 4096)], 4)
     set_threads()
 
 

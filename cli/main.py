@@ -12,6 +12,7 @@ from . import output
 from .bench import bench
 from .chat import chat
 from .check import check
+from .cut import cut
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
 from .generate import generate
@@ -54,7 +55,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, cut, bench, pull):
     app.command()(command)
 
 

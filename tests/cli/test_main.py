@@ -33,8 +33,10 @@ WITHOUT_TWIN = {
     "--save",
     "--output",
 }
+CHOOSES = {("cut", "--layers"), ("cut", "--experts")}  # what is written is said on the command line; elsewhere they show or route
 OPTIONS = [(name, p) for name in COMMANDS for p in APP.commands[name].params if p.param_type_name == "option"]
-TWINS = [pytest.param(name, p, id=f"{name} {p.opts[0]}") for name, p in OPTIONS if not WITHOUT_TWIN & {*p.opts}]
+ALONE = [(name, p) for name, p in OPTIONS if WITHOUT_TWIN & {*p.opts} or (name, p.opts[0]) in CHOOSES]
+TWINS = [pytest.param(name, p, id=f"{name} {p.opts[0]}") for name, p in OPTIONS if (name, p) not in ALONE]
 
 Process = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -135,7 +137,7 @@ def test_an_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPatch
         assert value([long, "7" if number else "other"]) not in (expected, None), "the command line wins"
 
 
-@pytest.mark.parametrize(("command", "option"), [pytest.param(n, p, id=f"{n} {p.opts[0]}") for n, p in OPTIONS if WITHOUT_TWIN & {*p.opts}])
+@pytest.mark.parametrize(("command", "option"), [pytest.param(n, p, id=f"{n} {p.opts[0]}") for n, p in ALONE])
 def test_what_is_written_and_where_has_no_twin(command: str, option: Any) -> None:
     assert option.envvar is None
 
@@ -143,7 +145,7 @@ def test_what_is_written_and_where_has_no_twin(command: str, option: Any) -> Non
 def test_an_option_is_the_same_in_every_command_but_for_its_default() -> None:
     seen: dict[str, Any] = {}
     for name, option in OPTIONS:
-        if (name, option.opts[0]) == ("bench", "--threads"):  # a list of what the others are
+        if (name, option.opts[0]) in {*CHOOSES, ("bench", "--threads")}:  # the latter is a list of what the others are
             continue
         same = (option.opts, option.secondary_opts, option.envvar, option.multiple, option.type.name)
         assert seen.setdefault(option.opts[0], same) == same

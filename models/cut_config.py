@@ -136,7 +136,7 @@ def require_same(family: ModuleType, document: Document, new: Any, where: Path) 
     slides, would = ([("sliding" if s else "full") for s in c.sliding] if isinstance(c, gpt_oss.Config) else [] for c in (new, read))
     odd = next((i for i, (one, other) in enumerate(zip(slides, would, strict=True)) if one != other), None)
     if odd is not None:
-        means = f"layer {odd} has {slides[odd]} attention, and OpenAI's config.json, without this key, means {would[odd]}"
+        means = f"layer {odd} of the result has {slides[odd]} attention, and OpenAI's config.json, without this key, means {would[odd]}"
         raise ToyllmError(f"{where}: layer_types: {means}; keep layers that alternate, or write another dialect: --dialect hf")
     for field in fields(new):
         name, wanted, found = field.name, getattr(new, field.name), getattr(read, field.name)

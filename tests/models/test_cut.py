@@ -250,8 +250,16 @@ def test_openais_config_has_the_keys_that_its_reader_takes_and_no_others(tmp_pat
         ("rope_truncated", None, "rope_truncate: OpenAI's config.json has no key for True, and means False"),
         ("rope_interleaved", None, "hf_rope_impl: OpenAI's config.json has no key for False, and means True"),
         ("tied", None, "tie_word_embeddings: OpenAI's config.json has no key for True, and means False"),
-        ("all_full", None, "layer_types: layer 0 has full attention, and OpenAI's config.json, without this key, means sliding"),
-        ("baseline", (0, 2), "layer_types: layer 1 has sliding attention, and OpenAI's config.json, without this key, means full"),
+        (
+            "all_full",
+            None,
+            "layer_types: layer 0 of the result has full attention, and OpenAI's config.json, without this key, means sliding",
+        ),
+        (
+            "baseline",
+            (0, 2),
+            "layer_types: layer 1 of the result has sliding attention, and OpenAI's config.json, without this key, means full",
+        ),
     ],
 )
 def test_what_openais_config_cannot_say_is_refused(tmp_path: Path, case: str, layers: Any, message: str) -> None:

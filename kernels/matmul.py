@@ -69,28 +69,28 @@ def _tiles(w, at, stride, rows, x, out, first, ahead):
     """out[:, first : first + rows] for rows of w, in tiles of `ROWS` x `TOKENS` and what remains."""
     M, K = x.shape
     x_at, y_at = x.ctypes.data, out.ctypes.data + 4 * first
-    x_stride, y_stride = 4 * K, 4 * out.shape[1]
+    x_stride, y_stride = x.itemsize * K, 4 * out.shape[1]
     whole = rows // ROWS * ROWS
     tokens = M // TOKENS * TOKENS
     few = tokens + (M - tokens) // FEW * FEW
     for m in range(0, tokens, TOKENS):
         for j in range(0, whole, ROWS):
-            dot_tokens(w, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
+            dot_tokens(w, x, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
     for m in range(tokens, few, FEW):
         for j in range(0, whole, ROWS):
-            dot_few(w, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
+            dot_few(w, x, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
     for m in range(few, M):
         for j in range(0, whole, ROWS):
-            dot_one(w, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, ahead)
+            dot_one(w, x, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, ahead)
     for m in range(M):
         for j in range(whole, rows):
-            dot_row(w, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, 0)
+            dot_row(w, x, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, 0)
 
 
 @inline
 def multiply_panel(panel, count, x, bias, out, first):
-    """out[:, first : first + count] = x · panelᵀ + bias for `count` rows of f32 at the start of `panel`."""
-    _tiles(panel, panel.ctypes.data, 4 * x.shape[1], count, x, out, first, 0)
+    """out[:, first : first + count] = x · panelᵀ + bias for `count` rows at the start of `panel`, f32, or as x bf16 in 16 bits."""
+    _tiles(panel, panel.ctypes.data, panel.itemsize * x.shape[1], count, x, out, first, 0)
     if bias.size:
         for m in range(len(x)):
             for j in range(first, first + count):
@@ -98,8 +98,8 @@ def multiply_panel(panel, count, x, bias, out, first):
 
 
 @kernel(parallel=True, strict=True)
-def _few_by_output(x, w, bias, out):
-    """One row or a few, w [N, K]: `ROWS` outputs at a time, straight from w."""
+def by_output(x, w, bias, out):
+    """w [N, K]: `ROWS` outputs at a time, straight from w; also for x in bf16 as 16 bits, of any number of rows, against bf16."""
     N, stride, at = len(w), w.strides[0], w.ctypes.data
     for group in prange((N + ROWS - 1) // ROWS):
         first = group * ROWS
@@ -164,8 +164,8 @@ def _many_by_output(x, w, bias, out, panels):
 
 
 def panels_for(K: int) -> int:
-    """f32 values of scratch a thread needs for products with K inputs and many rows."""
-    return OUTPUTS * (K + 2)
+    """f32 values of scratch a thread needs for products with K inputs and many rows, in f32 or in bf16."""
+    return OUTPUTS * (K + 4)
 
 
 def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray, panels: np.ndarray) -> None:
@@ -173,7 +173,7 @@ def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarra
     if w.flags.c_contiguous:
         _by_input(x, w, bias, out, get_num_threads() * (1 if len(x) == 1 else 3))
     elif len(x) <= STRAIGHT:
-        _few_by_output(x, w.T, bias, out)
+        by_output(x, w.T, bias, out)
     else:
         _many_by_output(x, w.T, bias, out, panels)
 

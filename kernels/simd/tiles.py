@@ -45,21 +45,23 @@ from .ir import (
 
 
 @cache
-def dot_tile(outputs: int, tokens: int, pairs: bool = False) -> Any:
-    """The intrinsic for `outputs` rows of w and `tokens` rows of x; with `pairs` both are rows of bf16, as 16 bits.
+def dot_tile(outputs: int, tokens: int) -> Any:
+    """The intrinsic for `outputs` rows of w and `tokens` rows of x.
 
-    tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` only says the storage format; `_at` are addresses,
+    tile(w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` and `x` only say how values are stored, x as f32, or as
+    u16: then both are bf16, multiplied in pairs (AVX512_BF16). `_at` are addresses,
     `_stride` bytes from row to row; n values a row, any n; y[m, j] is written at y_at + m * y_stride + 4 * j.
     `ahead` is how many bytes before their use the rows of w are asked for.
     """
 
     @intrinsic
-    def tile(typing, w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead):
+    def tile(typing, w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead):
+        pairs = x.dtype == types.uint16
         form = "bf16" if pairs else storage(w)
         lanes = PAIRS if pairs else LANES
 
         def generate(context, b, signature, arguments):
-            _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead = arguments
+            _, _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead = arguments
             rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
             inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
             size = ITEM_BYTES[form]
@@ -96,11 +98,15 @@ def dot_tile(outputs: int, tokens: int, pairs: bool = False) -> Any:
                 both.add_incoming(s, start)
                 both.add_incoming(t, end)
                 sums[index] = both
-            for m in range(tokens):
-                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
+            together = next(n for n in (4, 2, 1) if tokens % n == 0 and outputs * n <= LANES)  # the more sums at once, the cheaper each
+            for m in range(0, tokens, together):
+                totals = horizontal_sums(b, [sums[j * tokens + m + i] for i in range(together) for j in range(outputs)])
+                for i in range(together):
+                    part = totals if together == 1 else shuffle(b, totals, totals, range(i * outputs, (i + 1) * outputs))
+                    store(b, part, b.add(y_at, b.mul(y_stride, integer(m + i))))
             return context.get_dummy_value()
 
-        return types.void(w, *[types.int64] * 8), generate
+        return types.void(w, x, *[types.int64] * 8), generate
 
     return tile
 
@@ -110,7 +116,8 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
     """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector; `onto` adds to y.
 
     tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `width` is the number
-    of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for.
+    of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for (one token `onto`
+    does not ask).
     """
 
     @intrinsic
@@ -131,7 +138,7 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
             start = [load(b, at, f32, masks[i % vectors]) if onto else splat(f32, 0.0) for i, at in enumerate(outputs)]
             k, sums, close = loop(b, integer(0), n, 1, start)
             row = b.add(w_at, b.mul(k, w_stride))
-            for byte in range(0, 0 if onto else vectors * LANES * size, 64):
+            for byte in range(0, 0 if onto and tokens == 1 else vectors * LANES * size, 64):
                 prefetch(b, b.add(b.add(row, distance), integer(byte)))
             weights = [load_weights(b, b.add(row, integer(v * LANES * size)), form, masks[v]) for v in range(vectors)]
             new = []
@@ -212,7 +219,7 @@ def interleave(vectors: int) -> Any:
 def rows_tile(rows: int, tokens: int) -> Any:
     """The intrinsic that adds what `rows` rows of w give to `tokens` rows of y.
 
-    tile(w, w_at, w_stride, x_at, x_stride, y_at, y_stride, width, ahead): as `axpy_tile`, with x's values for these rows at x_at; y is added to,
+    tile(w, w_at, w_stride, x_at, x_stride, y_at, y_stride, width, ahead): as `axpy_tile`, x_at where these rows' inputs are; y is added to,
     `width` columns, a multiple of 16; `ahead` is how many bytes before their use the rows of w are asked for.
     """
 

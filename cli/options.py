@@ -75,7 +75,15 @@ RUNNING: Group = {
     ),
     "threads": number(int, "Threads of the kernels.", "--threads", shown="the physical cores"),
     "backend": (Annotated[str, option("Which kernels: auto, avx512, avx2, portable, or numpy (the references).", "--backend")], "auto"),
-    "exact": (Annotated[bool, option("Arithmetic in f32 throughout; all kernels now keep to that.", "--exact")], False),
+    "exact": (Annotated[bool, option("Arithmetic in f32 throughout, as is the default: refuses what is coarser.", "--exact")], False),
+    "activations": (
+        Annotated[str, option("What prompts are multiplied in: f32, or bf16 (8 bits, often twice as fast).", "--activations")],
+        "f32",
+    ),
+    "attention": (
+        Annotated[str, option("fused, or plain: scores, mask, softmax, values one by one.", "--attention")],
+        "fused",
+    ),
     "poison_cache": (
         Annotated[bool, option("Fill the KV cache with NaN, so that reading what was never written shows.", "--poison-cache")],
         False,

@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from ..models.memory import Allocation
     from ..models.model import Model
 
-LOADING = ("prefill_chunk", "cache_dtype", "moe", "tokens_per_expert_ratio", "threads", "backend", "exact", "poison_cache")
+LOADING = (
+    "prefill_chunk",
+    "cache_dtype",
+    "moe",
+    "tokens_per_expert_ratio",
+    "threads",
+    "backend",
+    "exact",
+    "activations",
+    "attention",
+    "poison_cache",
+)
 
 
 def load(name: str, running: dict[str, Any]) -> "Model":
@@ -36,6 +47,7 @@ def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
         "cache_dtype": loaded.cache_dtype,
         "threads": loaded.threads,
         "backend": loaded.kernels.name,
+        "activations": loaded.kernels.activations,
         "moe": loaded.kernels.mixing.algorithm,
         "tokens_per_expert_ratio": loaded.kernels.mixing.ratio,
     }

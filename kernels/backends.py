@@ -5,14 +5,18 @@ any machine; `numpy` the references. All take the same arguments, unchecked: the
 built and ids and positions at each step.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import activation, attention, matmul, moe, mxfp4, norm, rotary, routing
+from . import activation, attention, matmul, moe, mxfp4, norm, pairs, rotary, routing
+from .errors import ToyllmError
 from .host import choose_backend
+
+log = logging.getLogger("toyllm")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Backend:
     matmul_mxfp4: Callable[..., None]
     fused: bool  # whether a single token's experts are computed in one go
     mixing: moe.Mixing = field(default_factory=moe.Mixing)
+    activations: str = "f32"  # of products of many rows: one of ACTIVATIONS
 
     def mixture(self, *arguments: Any) -> None:
         """`moe.mix` with this backend's products."""
@@ -53,7 +58,7 @@ def _reference_route(logits, experts, weights) -> None:
     experts[...], weights[...] = routing.route_reference(logits, experts.shape[1])
 
 
-TILES = {
+TILES: dict[str, Any] = {
     "matmul": matmul.matmul_kernel,
     "layer_norm": norm.layer_norm_kernel,
     "gelu": activation.gelu_kernel,
@@ -86,7 +91,28 @@ NUMPY = {
 TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
 
 
-def backend(name: str = "auto", mixing: moe.Mixing | None = None) -> Backend:
-    """The backend of that name, or the best for this processor. Raises ToyllmError for one it does not know or cannot run."""
+ACTIVATIONS = ("f32", "bf16")
+ATTENTION = ("fused", "plain")
+BF16 = {"matmul": pairs.matmul_bf16_kernel, "matmul_mxfp4": pairs.matmul_mxfp4_bf16_kernel}
+
+
+def backend(name: str = "auto", mixing: moe.Mixing | None = None, activations: str = "f32", step: str = "fused") -> Backend:
+    """The backend of that name, or the best for this processor.
+
+    `activations` "bf16" lets products of many rows round them, where the processor gains by it; `step` "plain" computes attention
+    unfused. Raises ToyllmError for what it does not know or cannot run.
+    """
     chosen = choose_backend(name)
-    return Backend(chosen, **TABLE[chosen], mixing=mixing or moe.Mixing())
+    if activations not in ACTIVATIONS:
+        raise ToyllmError(f"--activations {activations}: expected {' or '.join(ACTIVATIONS)}")
+    if step not in ATTENTION:
+        raise ToyllmError(f"--attention {step}: expected {' or '.join(ATTENTION)}")
+    functions = TABLE[chosen]
+    if activations == "bf16" and chosen == "avx512" and pairs.AVAILABLE:
+        functions = functions | BF16
+    elif activations == "bf16":
+        log.info("--activations bf16: the %s kernels multiply in f32, which is as fast here; they go on so", chosen)
+        activations = "f32"
+    if step == "plain":
+        functions = functions | {"attention": attention.attention_plain}
+    return Backend(chosen, **functions, mixing=mixing or moe.Mixing(), activations=activations)

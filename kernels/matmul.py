@@ -10,17 +10,22 @@ chain over k. The order of summation depends on neither M, N nor the number of t
 strictly: a row of x gives the same bits alone and among others. NaN and infinities spread to the outputs that use them. Any K,
 M and N, 1 included.
 
-One row (decode) reads every weight once and runs at the speed of memory; more rows (prefill) expand a strip of weights
-to f32 in the second-level cache and reuse it for all of them.
+By input, w is read straight from where it lies: strips of columns, in which 16 rows of w at a time (8 for several rows of x) are added to
+the sums, which rest in the first-level cache. By output, up to 48 rows of x use w as it lies as well; more expand 32 rows of w to f32 in
+the second-level cache and reuse them. One row runs at the speed of memory, many at that of the multipliers.
 
-What the steps gave, 2 cores of an EPYC (Zen 5, AVX-512), bf16, plain read 35-41 GB/s:
-one row by output, 768 inputs: prefetch 8 KiB ahead 33-36 GB/s, none 24-27; by input, strips of 128 columns:
-32 rows ahead 28-31 GB/s, none 21-24; strips of 64 columns 17-22.
+What the steps gave, 2 cores of an EPYC with AVX-512, bf16, plain read 35-41 GB/s, f32 peak 117 GFLOP/s a core:
+one row by output, 768 inputs: prefetch 8 KiB ahead 33-38 GB/s, none 24-27;
+one row by input, GPT-2's shapes: strips of 128 columns, each a chain over all inputs in registers, 23 GB/s; strips as wide as a thread's
+share with sums in memory, 8 rows of w a pass 30.6, 16 rows 31.4, 24 rows 31; prefetch into the first level 13, none 13-14;
+8 rows by input: expanded to f32 5 GFLOP/s, straight 139 (of 180 at 64 rows); two strips a thread or fewer leave one of them idle;
+64 rows by output, one core: rest of 4 rows one by one 87 GFLOP/s, two by two 95;
+blocks of 480 inputs packed for the first-level cache, sums in memory between: 77-89 GFLOP/s against 108 without: not kept.
 """
 
 import numba
 import numpy as np
-from numba import prange
+from numba import get_num_threads, prange
 
 from .checks import check_array
 from .dtypes import BF16, F16, F32, widen
@@ -29,7 +34,7 @@ from .errors import ToyllmError
 from .host import supports
 from .jit import inline, kernel
 from .simd.ir import LANES
-from .simd.tiles import axpy_tile, dot_tile
+from .simd.tiles import axpy_tile, dot_tile, rows_tile
 from .threads import thread_scratch
 
 NO_BIAS = np.empty(0, np.float32)
@@ -37,15 +42,19 @@ NO_BIAS = np.empty(0, np.float32)
 WIDE = supports("avx512")  # 32 registers of 16 lanes, or 16 of 8: what a tile may keep
 ROWS = 4 if WIDE else 2  # outputs of a tile, by output
 TOKENS = 6 if WIDE else 2  # rows of x that share a tile, by output
-STRIP = 8 * LANES if WIDE else 4 * LANES  # columns of a tile for one row of x, by input
-PANEL = 4 * LANES if WIDE else LANES  # columns of an expanded strip, by input
-GROUP = 6 if WIDE else 4  # rows of x that share a tile, by input
+FEW = 2 if WIDE else 1  # rows of x that share the tile for what remains
+RUN, RUN_SHARED = (16, 8) if WIDE else (4, 2)  # rows of w that are added at once to one row of sums, and to several, by input
+STRIP = 4096  # columns of a strip at most: its sums stay in the first-level cache
+SHARE = 3 if WIDE else 2  # rows of x that share a run
+TOGETHER = 48  # rows of x whose sums stay in the second-level cache, by input
+STRAIGHT = 48  # rows of x for which weights are not worth expanding, by output
 OUTPUTS = 32  # rows expanded together, by output
-AHEAD_BYTES, AHEAD_ROWS = 8192, 32
+AHEAD_BYTES = 8192
 
-dot_one, dot_row, dot_tokens = dot_tile(ROWS, 1), dot_tile(1, 1), dot_tile(ROWS, TOKENS)
-axpy_strip, axpy_rest = axpy_tile(STRIP // LANES, 1), axpy_tile(1, 1, partial=True)
-axpy_panel, axpy_panel_one = axpy_tile(PANEL // LANES, GROUP), axpy_tile(PANEL // LANES, 1)
+dot_one, dot_row = dot_tile(ROWS, 1), dot_tile(1, 1)
+dot_tokens, dot_few = dot_tile(ROWS, TOKENS), dot_tile(ROWS, FEW)
+rows_one, row_one, axpy_rest = rows_tile(RUN, 1), rows_tile(1, 1), axpy_tile(1, 1, partial=True)
+rows_shared, rows_rest = rows_tile(RUN_SHARED, SHARE), rows_tile(RUN_SHARED, 1)
 
 
 def matmul_reference(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
@@ -55,43 +64,89 @@ def matmul_reference(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.nda
         out += bias
 
 
-@kernel(parallel=True, strict=True)
-def _one_by_output(x, w, bias, out):
-    """One row, w [N, K]: dot products of `ROWS` outputs at a time."""
-    N, K = w.shape
-    stride, at, x_at, y_at = w.strides[0], w.ctypes.data, x.ctypes.data, out.ctypes.data
-    for group in prange((N + ROWS - 1) // ROWS):
-        first = group * ROWS
-        last = min(first + ROWS, N)
-        if last - first == ROWS:
-            dot_one(w, at + first * stride, stride, x_at, 0, K, y_at + 4 * first, 0, AHEAD_BYTES)
-        else:
-            for j in range(first, last):
-                dot_row(w, at + j * stride, stride, x_at, 0, K, y_at + 4 * j, 0, 0)
-        if bias.size:
-            for j in range(first, last):
-                out[0, j] += bias[j]
+@inline
+def _tiles(w, at, stride, rows, x, out, first, ahead):
+    """out[:, first : first + rows] for rows of w, in tiles of `ROWS` x `TOKENS` and what remains."""
+    M, K = x.shape
+    x_at, y_at = x.ctypes.data, out.ctypes.data + 4 * first
+    x_stride, y_stride = x.itemsize * K, 4 * out.shape[1]
+    whole = rows // ROWS * ROWS
+    tokens = M // TOKENS * TOKENS
+    few = tokens + (M - tokens) // FEW * FEW
+    for m in range(0, tokens, TOKENS):
+        for j in range(0, whole, ROWS):
+            dot_tokens(w, x, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
+    for m in range(tokens, few, FEW):
+        for j in range(0, whole, ROWS):
+            dot_few(w, x, at + j * stride, stride, x_at + m * x_stride, x_stride, K, y_at + m * y_stride + 4 * j, y_stride, ahead)
+    for m in range(few, M):
+        for j in range(0, whole, ROWS):
+            dot_one(w, x, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, ahead)
+    for m in range(M):
+        for j in range(whole, rows):
+            dot_row(w, x, at + j * stride, stride, x_at + m * x_stride, 0, K, y_at + m * y_stride + 4 * j, 0, 0)
 
 
 @inline
 def multiply_panel(panel, count, x, bias, out, first):
-    """out[:, first : first + count] = x · panelᵀ + bias for `count` rows of f32 at the start of `panel`."""
-    M, K = x.shape
-    N = out.shape[1]
-    at, x_at, y_at = panel.ctypes.data, x.ctypes.data, out.ctypes.data + 4 * first
-    whole, tokens = count // ROWS * ROWS, M // TOKENS * TOKENS
-    for m in range(0, tokens, TOKENS):
-        for j in range(0, whole, ROWS):
-            dot_tokens(panel, at + j * K * 4, K * 4, x_at + m * K * 4, K * 4, K, y_at + (m * N + j) * 4, N * 4, 0)
-    for m in range(tokens, M):
-        for j in range(0, whole, ROWS):
-            dot_one(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
-    for m in range(M):
-        for j in range(whole, count):
-            dot_row(panel, at + j * K * 4, K * 4, x_at + m * K * 4, 0, K, y_at + (m * N + j) * 4, 0, 0)
-        if bias.size:
+    """out[:, first : first + count] = x · panelᵀ + bias for `count` rows at the start of `panel`, f32, or as x bf16 in 16 bits."""
+    _tiles(panel, panel.ctypes.data, panel.itemsize * x.shape[1], count, x, out, first, 0)
+    if bias.size:
+        for m in range(len(x)):
             for j in range(first, first + count):
                 out[m, j] += bias[j]
+
+
+@kernel(parallel=True, strict=True)
+def by_output(x, w, bias, out):
+    """w [N, K]: `ROWS` outputs at a time, straight from w; also for x in bf16 as 16 bits, of any number of rows, against bf16."""
+    N, stride, at = len(w), w.strides[0], w.ctypes.data
+    for group in prange((N + ROWS - 1) // ROWS):
+        first = group * ROWS
+        last = min(first + ROWS, N)
+        _tiles(w, at + first * stride, stride, last - first, x, out, first, AHEAD_BYTES)
+        if bias.size:
+            for m in range(len(x)):
+                for j in range(first, last):
+                    out[m, j] += bias[j]
+
+
+@kernel(parallel=True, strict=True)
+def _by_input(x, w, bias, out, strips):
+    """w [K, N]: strips of columns, in which a run of rows of w after the other is added to the sums of up to `TOGETHER` rows."""
+    K, N = w.shape
+    M = len(x)
+    stride, item = w.strides[0], w.itemsize  # the item not from a stride: NumPy leaves that of an axis of length 1 open
+    share = (N + strips - 1) // strips
+    width = min((share + 63) // 64 * 64, STRIP)
+    for strip in prange((N + width - 1) // width):
+        first = strip * width
+        last = min(first + width, N)
+        whole = (last - first) // LANES * LANES
+        at, x_at, y_at = w.ctypes.data + first * item, x.ctypes.data, out.ctypes.data + 4 * first
+        out[:, first:last] = 0
+        for start in range(0, M, TOGETHER):
+            stop = min(start + TOGETHER, M)
+            shared = start + (stop - start) // SHARE * SHARE
+            run = RUN if shared == start else RUN_SHARED
+            for k in range(0, K // run * run, run):
+                for m in range(start, shared, SHARE):
+                    rows_shared(w, at + k * stride, stride, x_at + (m * K + k) * 4, 4 * K, y_at + 4 * m * N, 4 * N, whole, run * stride)
+                for m in range(shared, stop):
+                    if run == RUN:
+                        rows_one(w, at + k * stride, stride, x_at + (m * K + k) * 4, 0, y_at + 4 * m * N, 0, whole, run * stride)
+                    else:
+                        rows_rest(w, at + k * stride, stride, x_at + (m * K + k) * 4, 0, y_at + 4 * m * N, 0, whole, 0)
+            for m in range(start, stop):
+                for k in range(K // run * run, K):
+                    row_one(w, at + k * stride, stride, x_at + (m * K + k) * 4, 0, y_at + 4 * m * N, 0, whole, 0)
+        for m in range(M):
+            if whole < last - first:
+                y = y_at + (m * N + whole) * 4
+                axpy_rest(w, at + whole * item, stride, x_at + m * K * 4, 0, K, y, 0, last - first - whole, 0)
+            if bias.size:
+                for j in range(first, last):
+                    out[m, j] += bias[j]
 
 
 @kernel(parallel=True, strict=True)
@@ -108,69 +163,19 @@ def _many_by_output(x, w, bias, out, panels):
         multiply_panel(panel, count, x, bias, out, first)
 
 
-@kernel(parallel=True, strict=True)
-def _one_by_input(x, w, bias, out):
-    """One row, w [K, N]: strips of columns, each a chain over all inputs."""
-    K, N = w.shape
-    stride, at, x_at, y_at = w.strides[0], w.ctypes.data, x.ctypes.data, out.ctypes.data
-    item = w.itemsize  # not from a stride: NumPy leaves that of an axis of length 1 open
-    for strip in prange((N + STRIP - 1) // STRIP):
-        first = strip * STRIP
-        last = min(first + STRIP, N)
-        if last - first == STRIP:
-            axpy_strip(w, at + first * item, stride, x_at, 0, K, y_at + 4 * first, 0, 0, AHEAD_ROWS)
-        else:
-            for j in range(first, last, LANES):
-                axpy_rest(w, at + j * item, stride, x_at, 0, K, y_at + 4 * j, 0, last - j, AHEAD_ROWS)
-        if bias.size:
-            for j in range(first, last):
-                out[0, j] += bias[j]
-
-
-@kernel(parallel=True, strict=True)
-def _many_by_input(x, w, bias, out, panels):
-    """Many rows, w [K, N]: `PANEL` columns of w are expanded to f32, then tiles of `GROUP` rows by `PANEL` columns."""
-    K, N = w.shape
-    M = x.shape[0]
-    for strip in prange((N + PANEL - 1) // PANEL):
-        first = strip * PANEL
-        count = min(PANEL, N - first)
-        panel = panels[numba.get_thread_id()]
-        for k in range(K):
-            for j in range(count):
-                panel[k * PANEL + j] = value(w[k, first + j])
-            for j in range(count, PANEL):
-                panel[k * PANEL + j] = 0
-        at, x_at, y_at = panel.ctypes.data, x.ctypes.data, out.ctypes.data + 4 * first
-        rest = at + 4 * K * PANEL  # the panel's last rows: where a strip narrower than a tile is summed
-        if count == PANEL:
-            for m in range(0, M // GROUP * GROUP, GROUP):
-                axpy_panel(panel, at, 4 * PANEL, x_at + m * K * 4, K * 4, K, y_at + m * N * 4, N * 4, 0, 0)
-            for m in range(M // GROUP * GROUP, M):
-                axpy_panel_one(panel, at, 4 * PANEL, x_at + m * K * 4, 0, K, y_at + m * N * 4, 0, 0, 0)
-        else:
-            for m in range(M):
-                axpy_panel_one(panel, at, 4 * PANEL, x_at + m * K * 4, 0, K, rest, 0, 0, 0)
-                for j in range(count):
-                    out[m, first + j] = panel[K * PANEL + j]
-        if bias.size:
-            for m in range(M):
-                for j in range(first, first + count):
-                    out[m, j] += bias[j]
-
-
 def panels_for(K: int) -> int:
-    """f32 values of scratch a thread needs for products with K inputs and more than one row."""
-    return max(OUTPUTS * K, PANEL * (K + 1))
+    """f32 values of scratch a thread needs for products with K inputs and many rows, in f32 or in bf16."""
+    return OUTPUTS * (K + 4)
 
 
 def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray, panels: np.ndarray) -> None:
     """The kernels, unchecked. `panels` f32 [threads, at least panels_for(K)] is scratch."""
-    by_input = w.flags.c_contiguous
-    if len(x) == 1:
-        (_one_by_input if by_input else _one_by_output)(x, w if by_input else w.T, bias, out)
+    if w.flags.c_contiguous:
+        _by_input(x, w, bias, out, get_num_threads() * (1 if len(x) == 1 else 3))
+    elif len(x) <= STRAIGHT:
+        by_output(x, w.T, bias, out)
     else:
-        (_many_by_input if by_input else _many_by_output)(x, w if by_input else w.T, bias, out, panels)
+        _many_by_output(x, w.T, bias, out, panels)
 
 
 @kernel(parallel=True)

@@ -49,7 +49,7 @@ def _dequantize(blocks, scales, table, out):
     N, n = scales.shape
     for j in prange(N):
         to = out.ctypes.data + j * n * BLOCK * 4
-        expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, to, True)
+        expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, out, to, True)
 
 
 @kernel(parallel=True, strict=True)
@@ -80,8 +80,8 @@ def _many(x, blocks, scales, table, bias, out, panels):
         count = min(OUTPUTS, N - first)
         panel = panels[numba.get_thread_id()]
         for j in range(first, first + count):
-            to = panel.ctypes.data + (j - first) * K * 4
-            expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, to, False)
+            to = panel.ctypes.data + (j - first) * K * panel.itemsize
+            expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, panel, to, False)
         multiply_panel(panel, count, x, bias, out, first)
 
 

@@ -83,7 +83,7 @@ def buffer_bytes(a: Anatomy, part: Part, run: Running) -> int:
         nbytes = 4 * rows * (3 * s.D + Q + 2 * KV + 2 * Q + F)
     panel = 64 * (max(s.D, F, Q if s.E else 0) + 1)  # of the widest kernels
     logits = s.V if any(e.multiplied and e.component in ("embedding", "head") for e in part.entries) else 0
-    return nbytes + 4 * (threads() * (panel + 3 * BLOCK) + logits)
+    return nbytes + 4 * (threads() * (panel + 8 * BLOCK) + logits)
 
 
 def threads() -> int:

@@ -169,15 +169,19 @@ def load(
     moe: str = "auto",
     tokens_per_expert_ratio: float = 1.0,
     exact: bool = False,
+    activations: str = "f32",
+    attention: str = "fused",
 ) -> Model:
     """Load a model: a folder, a .safetensors file, an embedded model's name, or a repo id in the local Hugging Face cache.
 
     The weights stay in the memory map. `backend` is one of kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the
     physical cores), `prefill_chunk` the most tokens a pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache`
-    fills the KV cache with NaN; `moe` is one of kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `exact` asks for f32
-    arithmetic throughout, which all kernels now use in any case. Raises ToyllmError for what cannot be found, read or run.
+    fills the KV cache with NaN; `moe` is one of kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `activations` "bf16"
+    lets products of many rows round activations, where the processor gains by it; `exact` forbids it. `attention` is one of
+    kernels.backends.ATTENTION: "plain" computes it unfused, to check. Raises ToyllmError for what cannot be found, read or run.
     """
-    del exact
+    if exact and activations != "f32":
+        raise ToyllmError(f"--exact is f32 throughout, --activations {activations} is not: drop one of them")
     if prefill_chunk < 1:
         raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
     if cache_dtype not in DTYPES:
@@ -196,6 +200,6 @@ def load(
     from ..kernels.moe import check_mixing
     from ..kernels.threads import set_threads
 
-    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio))
+    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention)
     threads = set_threads(threads)
     return Model(files, family, config, checkpoint, weights, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)

@@ -99,9 +99,11 @@ def fp4_tile(outputs: int) -> Any:
 
 
 @intrinsic
-def _expand_row(typing, w_at, s_at, table_at, n, y_at, natural):
+def _expand_row(typing, w_at, s_at, table_at, n, y, y_at, natural):
+    narrow = y.dtype == types.uint16
+
     def generate(context, b, signature, arguments):
-        w_at, s_at, table_at, n, y_at, natural = arguments
+        w_at, s_at, table_at, n, _, y_at, natural = arguments
         i, _, close = loop(b, integer(0), n, 1, [])
         low, high = decode(b, b.add(w_at, b.mul(i, integer(16))))
         scale = scale_of(b, b.add(s_at, i), table_at)
@@ -109,14 +111,21 @@ def _expand_row(typing, w_at, s_at, table_at, n, y_at, natural):
         zipped = [lane for j in range(LANES) for lane in (j, LANES + j)]
         first = b.select(natural, shuffle(b, low, high, zipped[:LANES]), low)
         second = b.select(natural, shuffle(b, low, high, zipped[LANES:]), high)
-        at = b.add(y_at, b.mul(i, integer(128)))
-        store(b, first, at)
-        store(b, second, b.add(at, integer(64)))
+        if narrow:
+            at = b.add(y_at, b.mul(i, integer(64)))
+            for half, value in enumerate((first, second)):
+                upper = b.trunc(b.lshr(b.bitcast(value, vector(i32)), splat(i32, 16)), vector(i16))
+                b.store(upper, pointer(b, b.add(at, integer(32 * half)), vector(i16)), align=2)
+        else:
+            at = b.add(y_at, b.mul(i, integer(128)))
+            store(b, first, at)
+            store(b, second, b.add(at, integer(64)))
         close([])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, types.boolean), generate
+    return types.void(*[types.int64] * 4, y, types.int64, types.boolean), generate
 
 
-# expand_row(w_at, s_at, table_at, n, y_at, natural): n blocks to 32 f32 each, in order, or the even elements of each before the odd
+# expand_row(w_at, s_at, table_at, n, y, y_at, natural): n blocks to 32 values each, f32, or bf16 as 16 bits if `y` is u16 (both
+# exact); in order, or the even elements of each before the odd
 expand_row: Any = _expand_row

@@ -8,9 +8,23 @@ from llvmlite import ir
 from numba import types
 
 LANES = 16
+PAIRS = 2 * LANES  # values of 16 bits in a vector, of which one instruction multiplies neighbours
 
 i8, i16, i32, i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 f16, f32, void = ir.HalfType(), ir.FloatType(), ir.VoidType()
+
+
+class BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloat)
+
+    def __hash__(self):
+        return hash(BFloat)
 
 
 def vector(t, n=LANES):
@@ -37,6 +51,16 @@ def pointer(builder, address, t):
 def fma(builder, a, b, c):
     """A * b + c, rounded once, over vectors."""
     return builder.call(declare(builder, "llvm.fma.v16f32", vector(f32), [vector(f32)] * 3), [a, b, c])
+
+
+def add_pairs(builder, sums, a, b):
+    """Sums of 16 f32 + the products of 16 pairs of bf16 (AVX512_BF16): rounded to nearest even after each product, denormals taken as 0.
+
+    a and b are vectors of 32 x i16.
+    """
+    kind = vector(BFloat(), PAIRS)
+    f = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", vector(f32), [vector(f32), kind, kind])
+    return builder.call(f, [sums, builder.bitcast(a, kind), builder.bitcast(b, kind)])
 
 
 def broadcast(builder, address):
@@ -74,21 +98,21 @@ def prefetch(builder, address, locality=2):
     builder.call(f, [pointer(builder, address, i8), *constants])
 
 
-def lanes_below(builder, count):
-    """The mask of the first `count` lanes (i64; 16 or more means all)."""
-    every = ir.Constant(vector(i64), [ir.Constant(i64, i) for i in range(LANES)])
-    one = builder.insert_element(ir.Constant(vector(i64), ir.Undefined), count, ir.Constant(i32, 0))
-    return builder.icmp_signed("<", every, builder.shuffle_vector(one, one, splat(i32, 0)))
+def lanes_below(builder, count, lanes=LANES):
+    """The mask of the first `count` of `lanes` lanes (i64; as many or more means all)."""
+    every = ir.Constant(vector(i64, lanes), [ir.Constant(i64, i) for i in range(lanes)])
+    one = builder.insert_element(ir.Constant(vector(i64, lanes), ir.Undefined), count, ir.Constant(i32, 0))
+    return builder.icmp_signed("<", every, builder.shuffle_vector(one, one, splat(i32, 0, lanes)))
 
 
-def load(builder, address, t, mask=None):
-    """16 values of LLVM type `t` at `address`, of any alignment; lanes outside `mask` are not read and come as zero."""
+def load(builder, address, t, mask=None, lanes=LANES):
+    """`lanes` values of LLVM type `t` at `address`, of any alignment; lanes outside `mask` are not read and come as zero."""
     if mask is None:
-        return builder.load(pointer(builder, address, vector(t)), align=1)
-    name = {i16: "v16i16", f16: "v16f16", f32: "v16f32"}[t]
-    p = vector(t).as_pointer()
-    f = declare(builder, f"llvm.masked.load.{name}.p0", vector(t), [p, i32, vector(ir.IntType(1)), vector(t)])
-    zero = ir.Constant(vector(t), None)
+        return builder.load(pointer(builder, address, vector(t, lanes)), align=1)
+    name = {i16: "i16", f16: "f16", f32: "f32"}[t]
+    p = vector(t, lanes).as_pointer()
+    f = declare(builder, f"llvm.masked.load.v{lanes}{name}.p0", vector(t, lanes), [p, i32, vector(ir.IntType(1), lanes), vector(t, lanes)])
+    zero = ir.Constant(vector(t, lanes), None)
     return builder.call(f, [builder.inttoptr(address, p), ir.Constant(i32, 1), mask, zero])
 
 

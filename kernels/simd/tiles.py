@@ -1,9 +1,11 @@
-"""The two register tiles that every product is made of.
+"""The register tiles that every product is made of.
 
-Both compute y[m, j] = Σ_k x[m, k] · w[k, j] for a few tokens m and a few outputs j, keeping all sums in registers:
+All compute y[m, j] = Σ_k x[m, k] · w[k, j] for a few tokens m and a few outputs j:
 
 * `dot_tile`, for weights stored by output (row j holds w[:, j]): vectors run along k, each output ends in one sum over lanes;
-* `axpy_tile`, for weights stored by input (row k holds w[k, :], as GPT-2's Conv1D): vectors run along j, k is a chain of fma.
+* `axpy_tile`, for weights stored by input (row k holds w[k, :], as GPT-2's Conv1D): vectors run along j, k is a chain of fma;
+* `rows_tile`, the same sums for a few whole rows of such weights: they stream from memory in the order in which they lie, while the
+  sums rest in the first-level cache.
 
 and `largest`, the maximum of a run of f32. The order of summation of an output depends on neither the number of tokens nor
 that of outputs, so one token gives bit for bit what it gives among many.
@@ -19,16 +21,20 @@ from numba.extending import intrinsic
 from .ir import (
     ITEM_BYTES,
     LANES,
+    PAIRS,
+    add_pairs,
     broadcast,
     f32,
     fma,
     horizontal_sums,
+    i16,
     i32,
     integer,
     lanes_below,
     load,
     load_weights,
     loop,
+    pointer,
     prefetch,
     shuffle,
     splat,
@@ -42,41 +48,48 @@ from .ir import (
 def dot_tile(outputs: int, tokens: int) -> Any:
     """The intrinsic for `outputs` rows of w and `tokens` rows of x.
 
-    tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` only says the storage format; `_at` are addresses,
+    tile(w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` and `x` only say how values are stored, x as f32, or as
+    u16: then both are bf16, multiplied in pairs (AVX512_BF16). `_at` are addresses,
     `_stride` bytes from row to row; n values a row, any n; y[m, j] is written at y_at + m * y_stride + 4 * j.
     `ahead` is how many bytes before their use the rows of w are asked for.
     """
 
     @intrinsic
-    def tile(typing, w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead):
-        form = storage(w)
+    def tile(typing, w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead):
+        pairs = x.dtype == types.uint16
+        form = "bf16" if pairs else storage(w)
+        lanes = PAIRS if pairs else LANES
 
         def generate(context, b, signature, arguments):
-            _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead = arguments
+            _, _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead = arguments
             rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
             inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
             size = ITEM_BYTES[form]
 
             def step(k, sums, mask=None):
-                x = [load(b, b.add(at, b.mul(k, integer(4))), f32, mask) for at in inputs]
+                if pairs:
+                    x = [load(b, b.add(at, b.mul(k, integer(2))), i16, mask, PAIRS) for at in inputs]
+                else:
+                    x = [load(b, b.add(at, b.mul(k, integer(4))), f32, mask) for at in inputs]
                 new = []
                 for j, row in enumerate(rows):
                     at = b.add(row, b.mul(k, integer(size)))
                     if mask is None:
                         prefetch(b, b.add(at, ahead))
-                    weights = load_weights(b, at, form, mask)
-                    new += [fma(b, weights, x[m], sums[j * tokens + m]) for m in range(tokens)]
+                    weights = load(b, at, i16, mask, PAIRS) if pairs else load_weights(b, at, form, mask)
+                    multiply = add_pairs if pairs else lambda b, s, x, w: fma(b, w, x, s)
+                    new += [multiply(b, sums[j * tokens + m], x[m], weights) for m in range(tokens)]
                 return new
 
-            whole = b.and_(n, integer(-LANES))
-            k, sums, close = loop(b, integer(0), whole, LANES, [splat(f32, 0.0)] * (outputs * tokens))
+            whole = b.and_(n, integer(-lanes))
+            k, sums, close = loop(b, integer(0), whole, lanes, [splat(f32, 0.0)] * (outputs * tokens))
             sums = close(step(k, sums))
             with_tail = b.icmp_signed("<", whole, n)
             start = b.block
             tail, done = b.append_basic_block("tail"), b.append_basic_block("done")
             b.cbranch(with_tail, tail, done)
             b.position_at_end(tail)
-            last = step(whole, sums, lanes_below(b, b.sub(n, whole)))
+            last = step(whole, sums, lanes_below(b, b.sub(n, whole), lanes))
             end = b.block
             b.branch(done)
             b.position_at_end(done)
@@ -85,11 +98,15 @@ def dot_tile(outputs: int, tokens: int) -> Any:
                 both.add_incoming(s, start)
                 both.add_incoming(t, end)
                 sums[index] = both
-            for m in range(tokens):
-                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
+            together = next(n for n in (4, 2, 1) if tokens % n == 0 and outputs * n <= LANES)  # the more sums at once, the cheaper each
+            for m in range(0, tokens, together):
+                totals = horizontal_sums(b, [sums[j * tokens + m + i] for i in range(together) for j in range(outputs)])
+                for i in range(together):
+                    part = totals if together == 1 else shuffle(b, totals, totals, range(i * outputs, (i + 1) * outputs))
+                    store(b, part, b.add(y_at, b.mul(y_stride, integer(m + i))))
             return context.get_dummy_value()
 
-        return types.void(w, *[types.int64] * 8), generate
+        return types.void(w, x, *[types.int64] * 8), generate
 
     return tile
 
@@ -99,7 +116,8 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
     """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector; `onto` adds to y.
 
     tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `width` is the number
-    of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for.
+    of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for (one token `onto`
+    does not ask).
     """
 
     @intrinsic
@@ -120,7 +138,7 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
             start = [load(b, at, f32, masks[i % vectors]) if onto else splat(f32, 0.0) for i, at in enumerate(outputs)]
             k, sums, close = loop(b, integer(0), n, 1, start)
             row = b.add(w_at, b.mul(k, w_stride))
-            for byte in range(0, 0 if onto else vectors * LANES * size, 64):
+            for byte in range(0, 0 if onto and tokens == 1 else vectors * LANES * size, 64):
                 prefetch(b, b.add(b.add(row, distance), integer(byte)))
             weights = [load_weights(b, b.add(row, integer(v * LANES * size)), form, masks[v]) for v in range(vectors)]
             new = []
@@ -133,6 +151,102 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
             return context.get_dummy_value()
 
         return types.void(w, *[types.int64] * 9), generate
+
+    return tile
+
+
+@cache
+def pairs_tile(vectors: int, tokens: int) -> Any:
+    """The intrinsic for `vectors` · 16 columns, whose pairs of inputs lie side by side, and `tokens` rows of x, all bf16 as 16 bits.
+
+    tile(w_at, x_at, x_stride, n, y_at, y_stride): n pairs; w as `interleave` writes it, 64 `vectors` bytes a pair.
+    """
+
+    @intrinsic
+    def tile(typing, w_at, x_at, x_stride, n, y_at, y_stride):
+        def generate(context, b, signature, arguments):
+            w_at, x_at, x_stride, n, y_at, y_stride = arguments
+            inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
+            k, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * (tokens * vectors))
+            row = b.add(w_at, b.mul(k, integer(64 * vectors)))
+            weights = [load(b, b.add(row, integer(64 * v)), i16, None, PAIRS) for v in range(vectors)]
+            new = []
+            for m, at in enumerate(inputs):
+                x = b.bitcast(broadcast(b, b.add(at, b.mul(k, integer(4)))), vector(i16, PAIRS))
+                new += [add_pairs(b, sums[m * vectors + v], x, weights[v]) for v in range(vectors)]
+            for i, total in enumerate(close(new)):
+                store(b, total, b.add(b.add(y_at, b.mul(y_stride, integer(i // vectors))), integer(64 * (i % vectors))))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return tile
+
+
+@cache
+def interleave(vectors: int) -> Any:
+    """The intrinsic that lays pairs of rows of bf16 side by side for `pairs_tile`: (at, stride, n, width, to).
+
+    n rows, `width` columns (up to 16 `vectors`; zeros beyond), the last row of an odd n beside zeros.
+    """
+
+    @intrinsic
+    def lay(typing, at, stride, n, width, to):
+        def generate(context, b, signature, arguments):
+            at, stride, n, width, to = arguments
+            masks = [lanes_below(b, b.sub(width, integer(LANES * v))) for v in range(vectors)]
+            zipped = [lane for j in range(LANES) for lane in (j, LANES + j)]
+            k, _, close = loop(b, integer(0), n, 2, [])
+            first = b.add(at, b.mul(k, stride))
+            exists = b.icmp_signed("<", b.add(k, integer(1)), n)
+            nothing = ir.Constant(vector(i16), None)
+            for v in range(vectors):
+                place = b.add(first, integer(2 * LANES * v))
+                upper = load(b, place, i16, masks[v])
+                lower = load(b, b.select(exists, b.add(place, stride), place), i16, masks[v])
+                both = shuffle(b, upper, b.select(exists, lower, nothing), zipped)
+                there = b.add(b.add(to, b.mul(k, integer(32 * vectors))), integer(64 * v))
+                b.store(both, pointer(b, there, both.type), align=1)
+            close([])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return lay
+
+
+@cache
+def rows_tile(rows: int, tokens: int) -> Any:
+    """The intrinsic that adds what `rows` rows of w give to `tokens` rows of y.
+
+    tile(w, w_at, w_stride, x_at, x_stride, y_at, y_stride, width, ahead): as `axpy_tile`, x_at where these rows' inputs are; y is added to,
+    `width` columns, a multiple of 16; `ahead` is how many bytes before their use the rows of w are asked for.
+    """
+
+    @intrinsic
+    def tile(typing, w, w_at, w_stride, x_at, x_stride, y_at, y_stride, width, ahead):
+        form = storage(w)
+
+        def generate(context, b, signature, arguments):
+            _, w_at, w_stride, x_at, x_stride, y_at, y_stride, width, ahead = arguments
+            starts = [b.add(w_at, b.mul(w_stride, integer(k))) for k in range(rows)]
+            inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
+            x = [[broadcast(b, b.add(at, integer(4 * k))) for k in range(rows)] for at in inputs]
+            outputs = [b.add(y_at, b.mul(y_stride, integer(m))) for m in range(tokens)]
+            j, _, close = loop(b, integer(0), width, LANES, [])
+            places = [b.add(at, b.mul(j, integer(4))) for at in outputs]
+            sums = [load(b, at, f32) for at in places]
+            for k, start in enumerate(starts):
+                at = b.add(start, b.mul(j, integer(ITEM_BYTES[form])))
+                prefetch(b, b.add(at, ahead))
+                weights = load_weights(b, at, form)
+                sums = [fma(b, weights, x[m][k], sums[m]) for m in range(tokens)]
+            for value, at in zip(sums, places, strict=True):
+                store(b, value, at)
+            close([])
+            return context.get_dummy_value()
+
+        return types.void(w, *[types.int64] * 8), generate
 
     return tile
 

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from toyllm.kernels.attention import BLOCK, NO_SINKS, SCRATCH, attention, attention_kernel, attention_portable, attention_reference
+from toyllm.kernels.attention import (
+    BLOCK,
+    NO_SINKS,
+    SCRATCH,
+    attention,
+    attention_kernel,
+    attention_plain,
+    attention_portable,
+    attention_reference,
+)
 from toyllm.kernels.dtypes import to_bf16, widen
 from toyllm.kernels.threads import thread_scratch
 
@@ -33,6 +42,11 @@ class Case:
         scratch = np.full_like(thread_scratch(SCRATCH), np.nan)
         sinks = NO_SINKS if self.sinks is None else self.sinks
         attention_portable(self.q, self.keys, self.values, self.cells, True, self.begin, self.end, self.scale, out, scratch, sinks)
+        return out
+
+    def plain(self) -> np.ndarray:
+        out, sinks = np.full_like(self.q, np.nan), NO_SINKS if self.sinks is None else self.sinks
+        attention_plain(self.q, self.keys, self.values, self.cells, True, self.begin, self.end, self.scale, out, None, sinks)
         return out
 
     def reference(self) -> np.ndarray:
@@ -87,6 +101,9 @@ SHAPES = [  # T, S, H, G
     (16, 16, 1, 1),
     (17, 129, 4, 2),
     (33, 200, 8, 1),
+    (1, 130, 9, 1),
+    (5, 90, 20, 2),
+    (20, 150, 3, 3),
 ]
 
 
@@ -97,7 +114,9 @@ def test_equals_the_reference_on_every_shape(rng, case, error, Dh):
         for window in (0, 1, 70):
             plain = case(T, S, H, G, Dh, window, unused=5)
             for c in (plain, plain.in_bf16(), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
-                assert error(c.tiles(), c.reference()) < TOLERANCE, (T, S, H, G, window)
+                expected = c.reference()
+                assert error(c.tiles(), expected) < TOLERANCE, (T, S, H, G, window)
+                assert error(c.plain(), expected) < TOLERANCE, (T, S, H, G, window)
 
 
 @pytest.mark.parametrize(("T", "S", "H", "G", "Dh"), [(1, 1, 1, 1, 1), (1, 70, 2, 1, 3), (3, 5, 4, 2, 7), (2, 66, 1, 1, 2)])

@@ -36,7 +36,8 @@ def guarded(shape: tuple[int, ...], dtype: np.dtype, at_end: bool) -> np.ndarray
 def products(at_end: bool) -> None:
     """Matmul in both orders and all formats."""
     from toyllm.kernels.dtypes import BF16, F16, F32
-    from toyllm.kernels.matmul import NO_BIAS, matmul_kernel, panels_for
+    from toyllm.kernels.matmul import NO_BIAS, STRAIGHT, matmul_kernel, panels_for
+    from toyllm.kernels.pairs import AVAILABLE, WORTHWHILE, matmul_bf16_kernel
     from toyllm.kernels.threads import max_threads
 
     for K, N, dtype in product(SIZES, SIZES, (F32, F16, BF16)):
@@ -45,8 +46,11 @@ def products(at_end: bool) -> None:
         panels = guarded((max_threads(), panels_for(K)), F32, at_end)
         for w in (by_input, by_output):
             w.flags.writeable = False
-            for M in ROWS if K + N < 150 else (1, 7):
+            for M in (*ROWS, STRAIGHT + 5) if K + N < 150 else (1, 7):
                 matmul_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
+            if AVAILABLE and dtype == BF16:
+                M = WORTHWHILE + 3
+                matmul_bf16_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
 
 
 def attentions(at_end: bool) -> None:
@@ -57,7 +61,7 @@ def attentions(at_end: bool) -> None:
 
     scratch = guarded((max_threads(), SCRATCH), F32, at_end)
     for Dh, S, T, dtype in product((1, 7, 16, 33, 64, 80), (1, 3, 17, 63, 65, 130), (1, 5, 17), (F32, BF16)):
-        G, H = 2, 4
+        G, H = (2, 2) if T == 5 else (1, 6) if T == 1 else (2, 4)
         q, out = guarded((T, H, Dh), F32, at_end), guarded((T, H, Dh), F32, at_end)
         keys, values = guarded((G, S, Dh), dtype, at_end), guarded((G, S, Dh), dtype, at_end)
         cells, begin, end = guarded((S,), np.int32, at_end), guarded((T,), np.int64, at_end), guarded((T,), np.int64, at_end)

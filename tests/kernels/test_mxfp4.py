@@ -124,7 +124,7 @@ def test_both_ways_to_decode_are_exact(permutes, natural, monkeypatch):
 
     @numba.njit
     def expand(blocks, scales, table, out):
-        expand_row(blocks.ctypes.data, scales.ctypes.data, table.ctypes.data, len(scales), out.ctypes.data, natural)
+        expand_row(blocks.ctypes.data, scales.ctypes.data, table.ctypes.data, len(scales), out, out.ctypes.data, natural)
 
     found = np.empty((256, BLOCK), np.float32)
     expand(EVERY_CODE, EVERY_SCALE, SCALES, found)

@@ -19,6 +19,7 @@ from .generate import generate
 from .models import models
 from .params import params
 from .pull import pull
+from .score import score
 from .tokenize import tokenize
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -55,7 +56,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, check, cut, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, score, check, cut, bench, pull):
     app.command()(command)
 
 

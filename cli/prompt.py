@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import typer
 
@@ -10,12 +11,24 @@ from ..kernels.errors import ToyllmError
 
 def read_stdin() -> str:
     """All of stdin, line ends as they are. Raises ToyllmError where it is not UTF-8."""
-    data = sys.stdin.buffer.read()
+    return decode("stdin", sys.stdin.buffer.read())
+
+
+def read_file(name: str) -> str:
+    """All of a text file, line ends as they are. Raises ToyllmError where it cannot be read, or is not UTF-8."""
+    try:
+        return decode(name, Path(name).read_bytes())
+    except OSError as error:
+        raise ToyllmError(f"{name}: cannot be read ({error.strerror or error}); expected a text file; - is stdin, --prompt takes a text itself") from error
+
+
+def decode(where: str, data: bytes) -> str:
+    """Text from its UTF-8. Raises ToyllmError that says where it came from, and at which byte it is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         at = error.start
-        raise ToyllmError(f"stdin: byte {at} (0x{data[at]:02x}): expected UTF-8 ({error.reason}); convert the text first") from error
+        raise ToyllmError(f"{where}: byte {at} (0x{data[at]:02x}): expected UTF-8 ({error.reason}); convert the text first") from error
 
 
 def parse_ids(text: str) -> list[int]:

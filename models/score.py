@@ -60,9 +60,9 @@ def encode_text(model: "Model", text: str | Sequence[int], special: bool = True,
     if all(silent):
         raise ToyllmError("the text is empty: there is nothing to score")
     if bos:
-        beginning = list(model.config.bos_token_id[:1])
+        beginning = list((model.defaults.bos_token_id or model.config.bos_token_id)[:1])
         if not beginning:
-            raise ToyllmError(f"--bos: {model.files.name} has no beginning-of-text token: its config.json names no bos_token_id")
+            raise ToyllmError(f"--bos: {model.files.name} has no beginning-of-text token: its configuration names no bos_token_id")
         if ids[:1] != beginning:
             ids, silent = beginning + ids, [True, *silent]
     check_ids(ids, model.vocab_size)
@@ -209,7 +209,7 @@ def measure_piece(first: int, ids: np.ndarray, logits: Sequence[np.ndarray], top
     own = logits[0][rows, ids][:, None]
     ranks = 1 + (logits[0] > own).sum(-1) + ((logits[0] == own) & (np.arange(p.shape[1]) < ids[:, None])).sum(-1)
     likeliest = np.array([largest(row, top) for row in logits[0]])
-    found = [log_p[rows, ids], ranks, -np.einsum("nv,nv->n", p, log_p), likeliest, np.take_along_axis(log_p, likeliest, -1)]
+    found = [log_p[rows, ids], ranks, 0 - np.einsum("nv,nv->n", p, log_p), likeliest, np.take_along_axis(log_p, likeliest, -1)]
     if len(logits) > 1:
         log_q = probabilities(logits[1])[1]
         own_q, agrees = log_q[rows, ids], logits[0].argmax(-1) == logits[1].argmax(-1)

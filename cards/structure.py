@@ -5,7 +5,8 @@ places in a file (`line`, `column`, `raw`) do not count when cards are compared.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..kernels.errors import ToyllmError
@@ -18,15 +19,33 @@ HyperValue = int | float | bool | str | tuple["HyperValue", ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a text stands in a file, counted from 1; `raw` is the text as it was written there."""
+    """Where a text stands in a file: line and columns from 1, `end` behind it, `source` the whole line."""
 
     file: str = ""
     line: int = 0
     column: int = 0
-    raw: str = ""
+    end: int = 0
+    source: str = ""
+
+    @property
+    def raw(self) -> str:
+        """The text as it was written there."""
+        return self.source[self.column - 1 : self.end - 1]
 
 
 NOWHERE = Place()
+
+
+class CardError(ToyllmError):
+    """A card does not hold: the message begins with the place; `excerpt` shows the line, and a caret under what is meant."""
+
+    def __init__(self, place: Place, what: str, offset: int = 0) -> None:
+        self.line, self.column = place.line, place.column + offset
+        at = f"{place.file}:{self.line}:{self.column}: " if place.line else f"{place.file}: " if place.file else ""
+        super().__init__(at + what)
+        before = "".join(c for c in place.source[: self.column - 1] if not unicodedata.combining(c))
+        margin = " " * (len(str(self.line)) + 2)
+        self.excerpt = f"  {self.line} | {place.source}\n{margin} | {' ' * len(before)}^" if place.source else ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +89,12 @@ class Step:
     taps: tuple[str, ...] = ()
     depth: int = 0
     place: Place = field(default=NOWHERE, compare=False, repr=False)  # of the expression
-    targets: Place = field(default=NOWHERE, compare=False, repr=False)  # of the variables
-    margin: Place = field(default=NOWHERE, compare=False, repr=False)  # of the shapes
+    targets: Place = field(default=NOWHERE, compare=False, repr=False)  # of the variables, or of the step's first word
+    margins: tuple[Place, ...] = field(default=(), compare=False, repr=False)  # of each of the shapes
+
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Each of the shapes with its place."""
+        yield from zip(self.shapes, self.margins or (NOWHERE,) * len(self.shapes), strict=True)
 
 
 @dataclass(frozen=True)
@@ -135,15 +158,15 @@ class Open:
 
 
 def arrange(inputs: Sequence[Declaration], steps: Iterable[Step]) -> tuple[Step, ...]:
-    """The steps with the depths and the kinds (bind or update) that follow from their order. Raises ToyllmError where ends do not match."""
+    """The steps with the depths and the kinds (bind or update) that follow from their order. Raises CardError where ends do not match."""
     arranged: list[Step] = []
     opened: list[Open] = []
     bound = set(names_of(inputs))
     for step in steps:
         if step.kind == "end" and not opened:
-            raise misplaced(step, "no `for` or `if` is open here")
+            raise CardError(step.targets, "`end`: no `for` or `if` is open here")
         if step.kind == "else" and (not opened or opened[-1].last_branch):
-            raise misplaced(step, "no `if` is open here that could have one more branch")
+            raise CardError(step.targets, "`else`: no `if` is open here that could have one more branch")
         kind, depth = step.kind, len(opened) - (step.kind in CLOSING)
         if kind in ("bind", "update"):
             changed = {base_of(v) for v in step.variables}
@@ -159,14 +182,8 @@ def arrange(inputs: Sequence[Declaration], steps: Iterable[Step]) -> tuple[Step,
             bound |= opened.pop().after
         arranged.append(replace(step, kind=kind, depth=depth))
     if opened:
-        raise misplaced(opened[-1].step, "it has no `end`")
+        raise CardError(opened[-1].step.targets, f"`{opened[-1].step.kind}`: it has no `end`")
     return tuple(arranged)
-
-
-def misplaced(step: Step, what: str) -> ToyllmError:
-    """The error of a step that does not belong where it is."""
-    place = f"{step.targets.file}:{step.targets.line}:{step.targets.column}: " if step.targets.line else ""
-    return ToyllmError(f"{place}`{step.kind}`: {what}")
 
 
 def closes(steps: Sequence[Step], end: int) -> str:
@@ -198,7 +215,7 @@ def is_word(text: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """A text in quotes, with escapes as in JSON."""
+    """A text in quotes, with escapes as in JSON; what is no printed character is escaped."""
     import json
 
-    return json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))

@@ -12,6 +12,7 @@ from . import output
 from .bench import bench
 from .chat import chat
 from .check import check
+from .compare import compare
 from .cut import cut
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
@@ -56,7 +57,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, score, check, cut, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, score, compare, check, cut, bench, pull):
     app.command()(command)
 
 

@@ -117,7 +117,7 @@ def open_dump(path: Path, map_path: Path | None = None) -> Dump:
         if (name == IDS or is_activation(name)) and name not in arrays and name not in used:
             arrays[name] = load, None
             used.add(name)
-    if not arrays:
+    if not arrays.keys() - {IDS}:
         names = brief(", ".join(loads))
         expected = f"no array that {map_path} names" if map_path else "no activation under toyllm's names, such as blocks.0.attn.q"
         raise ToyllmError(f"{path}: {expected}; it has {names}; --map FILE says what those are")

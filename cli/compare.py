@@ -38,7 +38,7 @@ def compare(
     a: Annotated[str, typer.Argument(help="A model, as -m takes it elsewhere; or a file of activations.", metavar="A", show_default=False)],
     b: Annotated[
         str | None,
-        typer.Argument(help="The model, or file, to hold it against; A itself if it only runs otherwise.", metavar="[B]", show_default=False),
+        typer.Argument(help="The model, or file, to hold it against; A where only options differ.", metavar="[B]", show_default=False),
     ] = None,
     prompt: Annotated[str | None, option("Compare runs over this text; - reads stdin.", "--prompt", twin=False)] = None,
     prompt_ids: PromptIds = None,
@@ -47,7 +47,7 @@ def compare(
     ] = None,
     against_options: Annotated[
         str | None,
-        option('Run B with these options, such as "--backend numpy", and not with A\'s.', "--against-options", metavar="OPTIONS"),
+        option("Run B with these options, as one text, in place of those below.", "--against-options", metavar="OPTIONS"),
     ] = None,
     only: Annotated[
         list[str] | None, option("Compare only activations of this name or glob.", "--only", metavar="NAME", callback=whole_text)

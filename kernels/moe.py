@@ -73,17 +73,23 @@ def swiglu_reference(h: np.ndarray, limit: float, alpha: float) -> np.ndarray:
 
 
 @kernel(strict=True)
+def _swiglu_row(h, limit, alpha, out):
+    for i in range(out.shape[0]):
+        out[i] = _swiglu(h[2 * i], h[2 * i + 1], limit, alpha)
+
+
+@kernel(parallel=True, strict=True)
 def _swiglu_rows(h, limit, alpha, out):
-    for n in range(h.shape[0]):
-        for i in range(out.shape[1]):
-            out[n, i] = _swiglu(h[n, 2 * i], h[n, 2 * i + 1], limit, alpha)
+    for n in prange(h.shape[0]):
+        _swiglu_row(h[n], limit, alpha, out[n])
 
 
-@kernel(strict=True)
+@kernel(parallel=True, strict=True)
 def _add_weighted(y, tokens, weights, out):
-    for n in range(y.shape[0]):
+    for n in prange(y.shape[0]):  # an expert's tokens are different ones
+        row = out[tokens[n]]
         for i in range(y.shape[1]):
-            out[tokens[n], i] += weights[n] * y[n, i]
+            row[i] += weights[n] * y[n, i]
 
 
 def group(experts: np.ndarray, weights: np.ndarray) -> list[Assignment]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RETYPED = ("dtype", "rounded")
 LISTED = 3  # names in a sentence
+WIDE = 40  # characters of a list of tokens in one
 
 
 def number(value: float | None) -> str:
@@ -210,7 +211,7 @@ def departure(at: "Activation", rtol: float, atol: float) -> str:
         return f"shape {list(at.a)} in A, {list(at.b)} in B"
     d, tokens = at.difference, at.tokens(rtol, atol)
     worst = f"at {list(d.place or ())} of [{', '.join(axes(at.name))}] it is {number(d.a)} in A, {number(d.b)} in B"
-    among = (
-        f"in {len(tokens)} of {len(at.by_token)} tokens, {ranges(tuple(tokens))}" if len(tokens) < len(at.by_token) else "in every token"
-    )
+    where = ranges(tuple(tokens))
+    where = where if len(where) <= WIDE else f"the first {tokens[0]}, the last {tokens[-1]}"
+    among = f"in {len(tokens)} of {len(at.by_token)} tokens, {where}" if len(tokens) < len(at.by_token) else "in every token"
     return f"error {brief(d.error)}; {worst}; {among}"

@@ -122,7 +122,7 @@ class Progressing:
     def result(self, name: str) -> Activation:
         """The activation, when all tokens have been seen."""
         alike = self.a == self.b
-        by_token = np.concatenate(self.by_token) if alike else np.zeros(0)
+        by_token = np.concatenate([np.zeros(0), *self.by_token])
         return Activation(name, self.a, self.b, self.tally.result() if alike else None, by_token, self.choice)
 
 
@@ -176,7 +176,7 @@ def rows_of(dump: Dump, first: int, last: int | None) -> Callable[[str, Shape | 
     """The rows of a file's activations that belong to some tokens; all of them where the shape is not the one that it should be."""
 
     def rows(name: str, shape: Shape | None) -> tuple[np.ndarray, Shape]:
-        array = dump.read(name, shape) if shape else dump.raw(name, None)
+        array = dump.read(name, shape) if shape else dump.whole(name)
         whole = array.shape
         if whole == shape:
             array = array[(slice(None),) * token_axis(name) + (slice(first, last),)]

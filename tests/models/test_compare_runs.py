@@ -228,8 +228,15 @@ def test_either_side_may_be_a_file_and_both(tmp_path: Path) -> None:
     for sides in ((load("tales-gpt2"), file), (file, load("tales-gpt2"))):
         found = compare_runs(*sides, ids(9), every)
         assert [at.name for at in found.activations if at.departs(0, 0)] == ["blocks.3.out"]
-    b = open_dump(tmp_path / "own.npz")
-    assert compare_runs(file, b, [], every).first(0, 0) is None
+    np.savez(tmp_path / "batch.npz", **{"blocks.3.out": file.raw("blocks.3.out", None)[0], "blocks.1.attn.q": np.ones((1, 9, 256))})
+    found = compare_runs(file, open_dump(tmp_path / "batch.npz"), [], every)
+    assert [(at.name, at.a, len(at.tokens(0, 0))) for at in found.activations] == [
+        ("blocks.1.attn.q", (9, 4, 64), 9),
+        ("blocks.3.out", (9, 256), 0),
+    ]
+    np.savez(tmp_path / "joined.npz", **{"blocks.1.attn.q": np.ones((9, 256))})
+    with pytest.raises(ToyllmError, match=r"joined.npz: blocks.1.attn.q: expected axes \[T, H, Dh\], found shape \[9, 256\]"):
+        compare_runs(open_dump(tmp_path / "joined.npz"), file, [], every)
 
 
 @pytest.mark.parametrize("masked", [-1e4, -65504, -1e9, float(np.finfo(np.float32).min), -math.inf])

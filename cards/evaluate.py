@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .functions import FUNCTIONS, misuse
+from .functions import FUNCTIONS, Refused, misuse
 from .language import (
     Array,
     Binary,
@@ -31,7 +31,6 @@ from .operations import (
     BINARY,
     COMPUTED,
     Numbers,
-    Refused,
     Value,
     broadcast,
     checked_indices,
@@ -409,7 +408,8 @@ def index_key(frame: Frame, node: Index, base: Value) -> tuple[Any, ...]:
 def axis_key(frame: Frame, item: Node, n: int) -> Any:
     """The index of one axis of length n."""
     if not isinstance(item, Slice):
-        return checked_indices(computed(frame, item), n)[()]
+        index = computed(frame, item)
+        return checked_indices(index if np.ndim(index) else np.int64(whole(index)), n)[()]
     start, stop, step = (None if end is None else integer(frame, end) for end in (item.start, item.stop, item.step))
     if step is not None and step < 1:
         raise Refused(f"a range goes on by 1 or more, found {step}")

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from .language import Call
 
 
+class Refused(Exception):  # noqa: N818 - named for what it says
+    """An operation that cannot be done, and why; whoever knows the place tells it."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """How many arguments a function takes (`most` None: any number), and which options."""

@@ -31,8 +31,9 @@ from .evaluate import (
     tensor_name,
     type_text,
 )
+from .functions import Refused
 from .language import Call, Index, Member, Name, Node, Sequence, Type, walk
-from .operations import Limits, Numbers, Refused, Value, broadcast, described, integers, numbers
+from .operations import Limits, Numbers, Value, broadcast, described, integers, numbers
 from .program import Assign, Choice, Loop, Return, Statement, program
 from .structure import Card, CardError, HyperValue
 from .text import error_at

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
 
+from .functions import Refused
+
 Value = Any  # an array or NumPy number, a text, or a tuple of texts
-
-
-class Refused(Exception):  # noqa: N818 - named for what it says
-    """An operation that cannot be done, and why."""
 
 
 START = 50_000  # what it costs to begin an operation, in multiplications of a matrix product
@@ -110,9 +108,9 @@ def truths(value: Value) -> Value:
 
 
 def whole(value: Value, least: int | None = None) -> int:
-    """One integer. Raises Refused for anything else, and for one below `least`."""
-    if not hasattr(value, "dtype") or value.ndim or value.dtype.kind not in "ib":
-        raise Refused(f"expected an integer, found {described(value)}")
+    """One integer, which may be the result of a division. Raises Refused for anything else, and for one below `least`."""
+    if not hasattr(value, "dtype") or value.ndim or (value.dtype.kind == "f" and value % 1 != 0):
+        raise Refused(f"expected an integer, found {value if hasattr(value, 'dtype') and not value.ndim else described(value)}")
     if least is not None and value < least:
         raise Refused(f"expected an integer of {least} or more, found {int(value)}")
     return int(value)

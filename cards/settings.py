@@ -21,7 +21,7 @@ def hypers(c: Any, names: Iterable[str] = (), tied: bool | None = None) -> dict[
     `names` are those of the checkpoint's tensors, which tell how experts are stored (without any: in MXFP4). `tied` says whether the head
     is the embedding, where config.json does not have the last word: see `is_tied`.
     """
-    tied = c.tie_word_embeddings if tied is None else tied
+    same = bool(c.tie_word_embeddings if tied is None else tied)
     if isinstance(c, gpt2.Config):
         return {
             "V": c.vocab_size,
@@ -35,7 +35,7 @@ def hypers(c: Any, names: Iterable[str] = (), tied: bool | None = None) -> dict[
             "activation": gpt2.ACTIVATIONS[c.activation_function],
             "scaled": c.scale_attn_weights,
             "by_layer": c.scale_attn_by_inverse_layer_idx,
-            "tied": tied,
+            "tied": same,
         }
     return {
         "V": c.vocab_size,
@@ -60,7 +60,7 @@ def hypers(c: Any, names: Iterable[str] = (), tied: bool | None = None) -> dict[
         "yarn": c.rope_type == "yarn",
         "truncate": c.rope_truncate,
         "interleaved": not c.hf_rope_impl,
-        "tied": tied,
+        "tied": same,
     }
 
 

@@ -27,9 +27,9 @@ from .language import (
     Values,
     expression,
 )
-from .operations import (
+from .operations import COMPUTED, transpose
+from .operators import (
     BINARY,
-    COMPUTED,
     Numbers,
     Value,
     broadcast,
@@ -39,7 +39,6 @@ from .operations import (
     floor_quotient,
     numbers,
     power,
-    transpose,
     truths,
     unary,
     whole,

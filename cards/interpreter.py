@@ -33,7 +33,7 @@ from .evaluate import (
 )
 from .functions import Refused
 from .language import Call, Index, Member, Name, Node, Sequence, Type, walk
-from .operations import Limits, Numbers, Value, broadcast, described, integers, numbers
+from .operators import Limits, Numbers, Value, broadcast, described, integers, numbers
 from .program import Assign, Choice, Loop, Return, Statement, program
 from .structure import Card, CardError, HyperValue
 from .text import error_at

@@ -178,7 +178,7 @@ def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
     for task in prange(len(experts) * groups):
         i, first = task // groups, task % groups * ROWS
         row = experts[i] * N + first
-        one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, x_at, n, h_at + (i * N + first) * 4)
+        one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, x_at, 0, n, h_at + (i * N + first) * 4, 0)
         for j in range(first, first + ROWS, 2):
             h[i, j] += bias[experts[i], j]
             h[i, j + 1] += bias[experts[i], j + 1]
@@ -198,7 +198,7 @@ def _single_down(z, blocks, scales, table, bias, experts, weights, out, panels):
             out[0, j] = 0
         for i in range(len(experts)):
             row = experts[i] * N + first
-            one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, z_at + i * n * BLOCK * 4, n, y.ctypes.data)
+            one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, z_at + i * n * BLOCK * 4, 0, n, y.ctypes.data, 0)
             for j in range(ROWS):
                 y[j] += bias[experts[i], first + j]
                 out[0, first + j] += weights[i] * y[j]

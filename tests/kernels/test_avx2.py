@@ -76,7 +76,7 @@ def assembly() -> str:
     from toyllm.kernels import attention, matmul, mxfp4
 
     everything()
-    kernels = (matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._one, mxfp4._many, mxfp4._dequantize, attention._attention)
+    kernels = (matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._few, mxfp4._many, mxfp4._dequantize, attention._attention)
     return "".join(text for kernel in kernels for text in kernel.inspect_asm().values())
 
 

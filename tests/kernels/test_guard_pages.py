@@ -76,7 +76,7 @@ def mxfp4(at_end: bool) -> None:
     """Products with rows in MXFP4, one row of x and many; and the rows themselves."""
     from toyllm.kernels.fp4 import BLOCK, SCALES
     from toyllm.kernels.matmul import NO_BIAS, OUTPUTS
-    from toyllm.kernels.mxfp4 import _dequantize, _many, _one
+    from toyllm.kernels.mxfp4 import _dequantize, _few, _many
     from toyllm.kernels.threads import max_threads
 
     table = guarded((256,), np.float32, at_end)
@@ -87,7 +87,8 @@ def mxfp4(at_end: bool) -> None:
         bias = guarded((N,), np.float32, at_end) if N % 2 else NO_BIAS
         panels = guarded((max_threads(), OUTPUTS * K), np.float32, at_end)
         _dequantize(blocks, scales, table, guarded((N, K), np.float32, at_end))
-        _one(guarded((1, K), np.float32, at_end), blocks, scales, table, bias, guarded((1, N), np.float32, at_end))
+        for M in (1, 2, 3):
+            _few(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end))
         for M in ROWS if N < 20 else (7,):
             _many(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end), panels)
 

@@ -25,7 +25,6 @@ from .language import (
     Type,
     Unary,
     Values,
-    expression,
 )
 from .operations import COMPUTED, transpose
 from .operators import (
@@ -43,7 +42,7 @@ from .operators import (
     unary,
     whole,
 )
-from .program import Declared, Program, scripted
+from .program import Declared, Program, counted
 from .structure import NOWHERE, Card, CardError, HyperValue, Place, Step
 from .text import error_at
 
@@ -256,9 +255,7 @@ def read(frame: Frame, name: str, indices: tuple[int, ...]) -> Value:
 def counted_by(frame: Frame, declared: Declared) -> list[tuple[str, int, int]]:
     """The indices of a family in the order in which its name has them, each with its ends."""
     ranges = {r.index: r for r in declared.type.ranges}
-    _, scripts = scripted(expression(declared.name)) or ("", ())
-    order = [ranges[s.text] for s in scripts if s.text in ranges]
-    return [(r.index, integer(frame, r.first), integer(frame, r.last)) for r in order]
+    return [(i, integer(frame, ranges[i].first), integer(frame, ranges[i].last)) for i in counted(declared)]
 
 
 def tensor_name(frame: Frame, template: tuple[str | Node, ...], values: dict[str, Value]) -> str:

@@ -155,7 +155,8 @@ def matmul(m: Numbers, a: Value, b: Value) -> Value:
         return operator.mul(*m.pair(a, b))
     inner = a.shape[-1], b.shape[-2 if b.ndim > 1 else 0]
     if inner[0] != inner[1]:
-        raise Refused(f"the sizes {inner[0]} and {inner[1]} that are summed over differ: {described(a)} · {described(b)}")
+        sides = (f"R^{inner[0]}" if a.ndim == 1 else f"R^{{…×{inner[0]}}}", f"R^{inner[0]}" if b.ndim == 1 else f"R^{{{inner[0]}×…}}")
+        raise Refused(f"expected {' · '.join(sides)}, found {described(a)} · {described(b)}")
     try:
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except ValueError:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .language import (
@@ -50,7 +50,7 @@ class Names:
     plain: frozenset[str]
     families: dict[str, Family]
 
-    @property
+    @cached_property
     def wholes(self) -> dict[str, str]:
         """The family that a name means as a whole: `Y` is all of `Y^·`."""
         return {re.sub(r"[_^]·", "", name): name for name in self.families if name.count("·") == 1}
@@ -99,7 +99,7 @@ def family_of(node: Node, indices: set[str]) -> tuple[str, Family] | None:
 def resolve(node: Node, names: Names) -> Node:
     """The node with every scripted name as what it is: a name, a member of a family, an index, or a power."""
     if isinstance(node, Name | Power) and (found := scripted(node)) is not None:
-        if spelled_out(*found) in names.plain:
+        if spelled_out(*found) in names.plain or spelled_out(*found) in names.wholes:
             return Name(spelled_out(*found), at=node.at)
         if member := member_of(*found, names):
             return replace(member, indices=tuple(resolve(i, names) for i in member.indices), at=node.at)
@@ -149,6 +149,13 @@ class Declared:
     type: Type
     declaration: Declaration
     tensor: tuple[str | Node, ...] | None = None
+
+
+def counted(declared: Declared) -> tuple[str, ...]:
+    """The indices of a family, in the order in which its name has them."""
+    indices = {r.index for r in declared.type.ranges}
+    _, scripts = scripted(expression(declared.name)) or ("", ())
+    return tuple(s.text for s in scripts if s.text in indices)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from toyllm.kernels.fp4 import dequantize_reference
 from toyllm.kernels.moe import budget_for, within_budget
 from toyllm.kernels.rotary import rotate_reference, rotations, yarn_frequencies
 from toyllm.kernels.routing import route_reference
+from toyllm.kernels.sampling import sample
 from toyllm.models import gpt2, gpt_oss
 from toyllm.models.activations import record
 from toyllm.models.generation import Settings
@@ -317,7 +318,7 @@ def test_tokens_are_drawn_as_the_engine_draws_them():
         z = (rng.standard_normal(V) * rng.choice([0.5, 2, 5])).astype(np.float32)
         z = np.round(z, 1) if case % 3 == 0 else z  # ties
         z[1:] = np.where(rng.random(V - 1) < 0.3 * (case % 5 == 0), -np.inf, z[1:])
-        x, u = rng.integers(0, V, int(rng.integers(1, 20))), rng.random()
+        x, u = rng.integers(0, V, int(rng.integers(1, 20))), rng.random() * (case % 7 > 0)
         τ, k = float(rng.choice([0, 0.3, 1, 1.7])), int(rng.choice([0, 1, 3, 50, 1000]))
         p, m = float(rng.choice([1, 0.9, 0.5, 0])), float(rng.choice([0, 0.05, 0.3, 1]))
         r, a, f = float(rng.choice([1, 1.3, 0.8])), float(rng.choice([0, 0.5, -0.5])), float(rng.choice([0, 0.2]))
@@ -326,6 +327,13 @@ def test_tokens_are_drawn_as_the_engine_draws_them():
         sampler._random = Fixed(u)  # pyright: ignore[reportAttributeAccessIssue]
         inputs = {"z": z, "x": x, "u": u, "τ": τ, "k": k, "p": p, "m": m, "r": r, "a": a, "f": f}
         assert run(LIBRARY["Sample"], LIBRARY, inputs, {"V": V}).results[0] == sampler.next(z), (case, inputs)
+
+
+@pytest.mark.parametrize(("p", "u", "token"), [(0.5, 0.49, 0), (0.5, 0.99, 1), (0.51, 0.99, 2), (0.0, 0.99, 0), (1.0, 0.99, 3)])
+def test_the_token_with_which_the_sum_reaches_top_p_is_the_last(p, u, token):
+    inputs = {"z": np.zeros(4), "x": [0], "u": u, "τ": 1.0, "k": 0, "p": p, "m": 0.0, "r": 1.0, "a": 0.0, "f": 0.0}
+    assert run(LIBRARY["Sample"], LIBRARY, inputs, {"V": 4}).results[0] == token
+    assert sample(np.zeros(4, np.float32), 1.0, top_p=p, u=u) == token
 
 
 @pytest.mark.parametrize(("n", "eos"), [(6, ()), (0, ()), (6, "third")])

@@ -39,6 +39,7 @@ from .operators import (
     numbers,
     power,
     truths,
+    typed,
     unary,
     whole,
 )
@@ -137,6 +138,8 @@ def several(frame: Frame, node: Node) -> Value:
         return EVALUATE[type(node)](frame, node)
     except Refused as error:
         raise refusal(frame, node, f"{sign_of(node)}{error}") from None
+    except CardError:
+        raise
     except (ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise refusal(frame, node, f"{sign_of(node)}{error or type(error).__name__}") from error
 
@@ -348,8 +351,7 @@ def type_text(frame: Frame, kind: Type) -> str:
         return f"the parameters of {kind.card}"
     ends = [int(evaluate(frame, n)) for n in (kind.first, kind.last) if n]
     domain = {"bool": "{0,1}", "range": f"{{{'..'.join(map(str, ends))}}}"}.get(kind.domain, kind.domain)
-    sizes = [str(size_of(frame, node)) for node in kind.sizes]
-    return domain if not sizes else f"{domain}^{{{'×'.join(sizes)}}}" if len(sizes) > 1 else f"{domain}^{sizes[0]}"
+    return typed(domain, tuple(size_of(frame, node) for node in kind.sizes))
 
 
 def clean(frame: Frame, value: Value) -> Value:

@@ -33,7 +33,7 @@ from .evaluate import (
 )
 from .functions import Refused
 from .language import Call, Index, Member, Name, Node, Sequence, Type, walk
-from .operators import Limits, Numbers, Value, described, integers, numbers
+from .operators import Limits, Numbers, Value, described, fits_into, integers, numbers
 from .program import Assign, Choice, Loop, Return, Statement, program
 from .structure import Card, CardError, HyperValue
 from .text import error_at
@@ -409,7 +409,7 @@ def updated(frame: Frame, base: Value, target: Index, value: Value) -> tuple[Val
     """An array with a part of it changed, and NumPy's index of the part."""
     key = index_key(frame, target, base)
     part = base[key]
-    if np.ndim(numbers(value)) > part.ndim or any(n not in (1, m) for n, m in zip(value.shape[::-1], part.shape[::-1], strict=False)):
+    if not fits_into(value, part.shape):
         raise Refused(f"{described(value)} does not fit into {described(part)}")
     frame.numbers.room(base.shape)
     kinds = base.dtype.kind, numbers(value).dtype.kind

@@ -15,9 +15,11 @@ from .operators import (
     broadcast,
     checked_indices,
     described,
+    fits_into,
     integers,
     numbers,
     truths,
+    typed,
     unary,
     whole,
     whole_sizes,
@@ -254,7 +256,7 @@ def put(m: Numbers, x: Value, index: Value, values: Value) -> Value:
     """x with values put where the index names entries of the last axis."""
     along = axis_of(x, None, -1)
     fits(x, index, along)
-    if broadcast(index, values) != index.shape or index.shape[:along] != x.shape[:along]:
+    if not fits_into(values, index.shape) or index.shape[:along] != x.shape[:along]:
         raise Refused(f"{described(values)} at indices {described(index)} in {described(x)}")
     m.room(x.shape)
     x, values = merged(m, x, values)
@@ -272,8 +274,8 @@ def scatter(m: Numbers, x: Value, index: Value, values: Value, add: bool = False
     """x with values put, or added, where the index names rows."""
     axis_of(x, None, 0)
     rows = (*numbers(index).shape, *x.shape[1:])
-    if broadcast(np.empty(rows, bool), values) != rows:
-        raise Refused(f"expected {'×'.join(map(str, rows))} numbers for the rows of {described(x)}, found {described(values)}")
+    if not fits_into(values, rows):
+        raise Refused(f"expected {typed('R', rows)} for the rows of {described(x)}, found {described(values)}")
     m.room(rows)
     m.room(x.shape)
     found = checked_indices(index, x.shape[0])

@@ -80,9 +80,13 @@ def described(value: Value) -> str:
     """A value's type, as a card would write it."""
     if not hasattr(value, "dtype"):
         return f"the text {value!r}" if isinstance(value, str) else "texts" if isinstance(value, tuple) else "parameters of a card"
-    domain = {"b": "{0,1}", "i": "ℤ"}.get(value.dtype.kind, "R")
-    sizes = "×".join(map(str, value.shape))
-    return domain if not value.shape else f"{domain}^{{{sizes}}}" if value.ndim > 1 else f"{domain}^{sizes}"
+    return typed({"b": "{0,1}", "i": "ℤ"}.get(value.dtype.kind, "R"), value.shape)
+
+
+def typed(domain: str, shape: tuple[int, ...]) -> str:
+    """A type of a domain and sizes."""
+    sizes = "×".join(map(str, shape))
+    return domain if not shape else f"{domain}^{{{sizes}}}" if len(shape) > 1 else f"{domain}^{sizes}"
 
 
 def numbers(value: Value) -> Value:
@@ -126,6 +130,12 @@ def broadcast(*values: Value) -> tuple[int, ...]:
         return np.broadcast_shapes(*(numbers(v).shape for v in values))
     except ValueError:
         raise Refused(f"shapes do not go together: {' and '.join(map(described, values))}") from None
+
+
+def fits_into(value: Value, shape: tuple[int, ...]) -> bool:
+    """Whether a value, broadcast, has this shape."""
+    found = numbers(value).shape
+    return len(found) <= len(shape) and all(n in (1, m) for n, m in zip(found[::-1], shape[::-1], strict=False))
 
 
 def axis_of(x: Value, axis: Value | None, default: int, more: int = 0) -> int:

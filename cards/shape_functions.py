@@ -18,6 +18,7 @@ from .shape_rules import (
     numbers,
     rounded,
     scalar,
+    shape_text,
     truths,
     whole,
     with_axis,
@@ -208,7 +209,8 @@ def fits(r: Rules, x: Known, index: Known, at: int | None) -> None:
 def put(r: Rules, x: Known, index: Known, values: Known) -> Known:
     """x with values put, position for position."""
     fits(r, x, index, axis_of(r, x, None, -1))
-    r.broadcast(index, values)
+    if index.sizes is not None and not r.fits_into(values, index.sizes):
+        raise Refused(f"{values} at indices {index} in {x}")
     return Known(joined_kind(x, values, keep=True), x.sizes)
 
 
@@ -217,10 +219,9 @@ def scatter(r: Rules, x: Known, index: Known, values: Known) -> Known:
     axis_of(r, x, None, 0)
     taken = integers(index).sizes
     if x.sizes is not None and taken is not None:
-        rows = Known(WHOLE, (*taken, *x.sizes[1:]))
-        sizes = r.broadcast(rows, values)
-        if sizes is not None and not r.agree(sizes, rows.sizes or ()):
-            raise Refused(f"expected {rows} for the rows of {x}, found {values}")
+        rows = (*taken, *x.sizes[1:])
+        if not r.fits_into(values, rows):
+            raise Refused(f"expected {shape_text('R', rows)} for the rows of {x}, found {values}")
     return Known(joined_kind(x, values, keep=True), x.sizes)
 
 
@@ -234,7 +235,10 @@ def nonzero(_: Rules, c: Known) -> Known:
 
 def integer_range(r: Rules, first: Known, end: Known | None = None) -> Known:
     """0, …, n-1, or a, …, b-1."""
-    return Known(WHOLE, (whole(r, first) if end is None else whole(r, end, None) - whole(r, first, None),))
+    if end is None:
+        return Known(WHOLE, (whole(r, first),))
+    length = whole(r, end, None) - whole(r, first, None)
+    return Known(WHOLE, (Size() if (r.number(length) or 0) < 0 else length,))
 
 
 def made(kind: str) -> Callable[..., Known]:

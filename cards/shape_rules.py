@@ -92,6 +92,14 @@ class Rules:
             result.insert(0, size)
         return tuple(result)
 
+    def fits_into(self, value: Known, sizes: tuple[Size, ...]) -> bool:
+        """Whether a value, broadcast, may have this shape."""
+        found = numbers(value).sizes
+        if found is None:
+            return True
+        pairs = zip(found[::-1], sizes[::-1], strict=False)
+        return len(found) <= len(sizes) and all(self.number(a) == 1 or self.same(a, b) is not False for a, b in pairs)
+
     def agree(self, a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
         """Whether two shapes may be the same."""
         return len(a) == len(b) and all(self.same(x, y) is not False for x, y in zip(a, b, strict=True))
@@ -376,10 +384,6 @@ def check_index(r: Rules, index: Known, n: Size) -> None:
 
 def updated(r: Rules, x: Known, part: Known, value: Known) -> Known:
     """x with a part of it changed. Raises Refused where the value does not fit."""
-    try:
-        sizes = r.broadcast(part, value)
-    except Refused:
-        sizes = ()
-    if sizes is not None and part.sizes is not None and not r.agree(sizes, part.sizes):
+    if part.sizes is not None and not r.fits_into(value, part.sizes):
         raise Refused(f"{value} does not fit into {part}")
     return replace(x, kind=joined_kind(x, value, keep=True), value=None, entries=())

@@ -199,6 +199,17 @@ def test_gpt_oss_decodes_from_its_rings_what_a_prefill_gives(window, prompt, R):
     assert used.sum() == window
 
 
+@pytest.mark.parametrize("T", [3, 5, 12])
+def test_rings_hold_the_latest_positions(T):
+    values: dict[str, HyperValue] = {"L": 2, "G": 1, "Dh": 1, "w": (5, float("inf"))}
+    C = np.arange(1, 4 * T + 1).reshape(2, 2, T, 1, 1)
+    sliding, full = run(LIBRARY["gpt-oss.Rings"], LIBRARY, {"C": C, "R": 12}, values).results[0][..., 0, 0]
+    wanted = np.zeros((2, 12))
+    wanted[:, [t % 5 for t in range(max(0, T - 5), T)]] = C[0, :, -5:, 0, 0]
+    np.testing.assert_array_equal(sliding, wanted)
+    np.testing.assert_array_equal(full[:, :T], C[1, ..., 0, 0])
+
+
 @pytest.mark.parametrize("R", [5, 8, 30])
 def test_a_ring_may_have_more_cells_than_the_window(R):
     m = model("gpt_oss/window_5")
@@ -240,6 +251,16 @@ def test_the_published_frequencies():
     np.testing.assert_allclose(f, want, rtol=1e-12)
     np.testing.assert_allclose([f[1], f[9], f[31]], [6.890443059e-01, 3.170569618e-02, 3.023511428e-07], rtol=1e-6)
     assert m == pytest.approx(factor) == pytest.approx(1.3465735902799727)
+
+
+@pytest.mark.parametrize("settings", [(16, 10.0, 4.0, 10**6), (16, 10.0, 4.0, 10), (64, 150000.0, 1.0, 4096), (8, 1e4, 9.0, 64, 3.0, 3.0)])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_frequencies_of_unusual_settings(settings, truncate):
+    names = dict(zip(("Dh", "b", "s", "P_0", "β_fast", "β_slow"), (*settings, 32.0, 1.0)[:6], strict=True))
+    found = run(LIBRARY["gpt-oss.YaRN"], LIBRARY, {}, {**names, "yarn": True, "truncate": truncate}).results
+    want, factor = yarn_frequencies(*(*settings, 32.0, 1.0)[:6], truncate)
+    np.testing.assert_allclose(found[0], want, rtol=1e-12)
+    assert found[1] == pytest.approx(factor)
 
 
 def test_every_code_with_every_scale():

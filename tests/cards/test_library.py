@@ -253,7 +253,9 @@ def test_the_published_frequencies():
     assert m == pytest.approx(factor) == pytest.approx(1.3465735902799727)
 
 
-@pytest.mark.parametrize("settings", [(16, 10.0, 4.0, 10**6), (16, 10.0, 4.0, 10), (64, 150000.0, 1.0, 4096), (8, 1e4, 9.0, 64, 3.0, 3.0)])
+@pytest.mark.parametrize(
+    "settings", [(16, 10.0, 4.0, 10**4, 1e3, 1.0), (16, 10.0, 4.0, 10), (64, 150000.0, 1.0, 4096), (8, 1e4, 9.0, 64, 3.0, 3.0)]
+)
 @pytest.mark.parametrize("truncate", [False, True])
 def test_frequencies_of_unusual_settings(settings, truncate):
     names = dict(zip(("Dh", "b", "s", "P_0", "β_fast", "β_slow"), (*settings, 32.0, 1.0)[:6], strict=True))

@@ -73,8 +73,9 @@ def find_card(name: str, cards: Mapping[str, Card], families: Iterable[str] = RE
         if spelling in by_spelling:
             return by_spelling[spelling]
     spellings = {known: (spelled(known), spelled(known.rpartition(".")[2])) for known in cards}
-    near = {*get_close_matches(spelled(name), {s for both in spellings.values() for s in both}, 3)}
-    close = [known for known, both in spellings.items() if near & {*both}][:3]
+    near = get_close_matches(spelled(name), {s for both in spellings.values() for s in both}, 3, 0.7)
+    close = list(dict.fromkeys(known for spelling in near for known, both in spellings.items() if spelling in both))
+    close = close or [known for known in cards if name and name.casefold() in WHAT.get(known, "").casefold()][:4]
     raise ToyllmError(
         f"{name}: no card of this name; " + (f"did you mean {' or '.join(close)}?" if close else "`toyllm card --list` lists them")
     )

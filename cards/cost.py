@@ -9,12 +9,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..kernels.errors import ToyllmError
-from ..models.memory import Running, per_token, running
-from ..models.params import Anatomy, Entry, count, entry
+from ..models.memory import PerToken, Running, per_token, running
+from ..models.params import Anatomy, Entry, count, entry, sizes
 from ..models.parts import Part
 from ..models.weights import Spec
 from .catalogue import READING, called, library, reading
@@ -56,9 +56,9 @@ class Reach:
         return Reach(self.entries | other.entries, self.layers | other.layers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filled:
-    """A model's cards: filled, by name, and what is needed to count them."""
+    """A model's cards: filled, by name, and what is needed to count them. Two are never equal: what is found of one is kept for it."""
 
     anatomy: Anatomy
     run: Running
@@ -66,19 +66,11 @@ class Filled:
     hypers: dict[str, HyperValue]
     cards: dict[str, Card]
     stored: dict[str, Entry]  # the model's tensors, by our names
-    own: dict[tuple[str, str], Reach] = field(default_factory=dict)  # what `own_reach` has found, by card and group
-    reached: dict[tuple[str, str], Reach] = field(default_factory=dict)  # and `reach`
-    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)  # by type
 
     @property
     def position(self) -> int:
         """The position at which a decoded token is counted: the last."""
         return self.run.context - 1
-
-    @cached_property
-    def groups(self) -> dict[str, list[str]]:
-        """The groups of tensors with which each card runs, by its name."""
-        return groups(self)
 
 
 def filled_cards(a: Anatomy) -> Filled:
@@ -95,10 +87,10 @@ def filled_cards(a: Anatomy) -> Filled:
 
 def with_total(card: Card, model: Filled) -> Card:
     """The card of a model with the total of its parameters as its last remark."""
-    total = cost(reach(card, "", model), model)
-    line = f"total {count_text(total.parameters)}"
+    sums = cost(reach(card.name, "", model), model)
+    line = f"total {count_text(sums.parameters)}"
     if model.hypers.get("E"):
-        line += f", active a token {count_text(total.active)}"
+        line += f", active a token {count_text(sums.active)}"
     head = next((s for s in card.steps if s.taps == ("logits",)), None)
     if model.hypers["tied"] and head:
         line += f", embeddings tied: {head.variables[0]} = {head.expression}"
@@ -117,34 +109,32 @@ def count_text(n: int) -> str:
 # ---- what a card reaches ----------------------------------------------------------------------------------------------------
 
 
-def reach(card: Card, group: str, model: Filled) -> Reach:
+kept = lru_cache(maxsize=1 << 14)  # layers are many, and each card runs in all of them
+
+
+@kept
+def reach(name: str, group: str, model: Filled) -> Reach:
     """What a card reaches below a group of tensors. Raises ToyllmError for what the model does not have."""
-    if (card.name, group) not in model.reached:
-        found = own_reach(card, group, model)
-        for child, below in children(card, group, model):
-            found |= reach(child, below, model)
-        if card.name in EVERY:
-            found = Reach({name: replace(e, share=(1, 1)) for name, e in found.entries.items()}, found.layers)
-        model.reached[card.name, group] = found
-    return model.reached[card.name, group]
+    found = own_reach(name, group, model)
+    for child, below in children(name, group, model):
+        found |= reach(child, below, model)
+    if name in EVERY:
+        found = Reach({tensor: replace(e, share=(1, 1)) for tensor, e in found.entries.items()}, found.layers)
+    return found
 
 
-def own_reach(card: Card, group: str, model: Filled) -> Reach:
+@kept
+def own_reach(name: str, group: str, model: Filled) -> Reach:
     """What a card declares itself."""
-    if (card.name, group) in model.own:
-        return model.own[card.name, group]
-    entries: dict[str, Entry] = {}
+    card, entries = model.cards[name], {}
     for d in card.params:
-        if d.type not in model.shapes:
-            model.shapes[d.type] = shape(d.type, model.hypers)
-        sizes = model.shapes[d.type]
-        for key, values in tensors(d, model.hypers) if sizes is not None else ():
-            name = ".".join(filter(None, (group, named(key, values))))
-            entries[name] = stored_as(name, sizes or (), card, model)
+        lengths = shape(d.type, model)
+        for key, values in tensors(d, model.hypers) if lengths is not None else ():
+            tensor = ".".join(filter(None, (group, named(key, values))))
+            entries[tensor] = stored_as(tensor, lengths or (), model)
     block = BLOCK.match(group)
     attends = block and any("attn.heads" in step.taps for step in card.steps)
-    model.own[card.name, group] = Reach(entries, frozenset({int(block[1])} if block and attends else ()))
-    return model.own[card.name, group]
+    return Reach(entries, frozenset({int(block[1])} if block and attends else ()))
 
 
 def tensors(d: Declaration, values: Mapping[str, HyperValue]) -> Iterator[tuple[str, dict[str, HyperValue]]]:
@@ -170,50 +160,61 @@ def named(key: str, values: Mapping[str, HyperValue]) -> str:
     return re.sub(r"\{([^{}]*)\}", lambda found: str(known(found[1], values)), key)
 
 
-def shape(kind: str, values: Mapping[str, HyperValue]) -> tuple[int, ...] | None:
+@kept
+def shape(kind: str, model: Filled) -> tuple[int, ...] | None:
     """The sizes of a type; None for the parameters of a card, or where they cannot be told."""
-    domain, _, sizes = RANGED.sub("", kind).partition("^")
+    domain, _, power = RANGED.sub("", kind).partition("^")
     if not re.fullmatch(r"[Rℕℤ]|\{.*\}", domain):
         return None
-    found = [size(piece, values) for piece in split_top(sizes.removeprefix("{").removesuffix("}"), "×") if piece]
+    found = [size(piece, model.hypers) for piece in split_top(power.removeprefix("{").removesuffix("}"), "×") if piece]
     return None if None in found else tuple(n for n in found if n is not None)
 
 
-def stored_as(name: str, shape: tuple[int, ...], card: Card, model: Filled) -> Entry:
+@kept
+def stored_as(name: str, shape: tuple[int, ...], model: Filled) -> Entry:
     """A tensor of a card as the model stores it. A checkpoint may hold queries, keys and values in one."""
     key = name.removeprefix("blocks.")
     found = model.stored.get(key) or model.stored.get(re.sub(r"\.[qkv]\.", ".qkv.", key))
     if found is None:
-        raise ToyllmError(f"{card.name}: the model has no tensor {name}")
+        raise ToyllmError(f"the cards' tensor {name} is none of the model's")
     nbytes = found.nbytes * math.prod(shape) // math.prod(found.shape)
     return entry(key, Spec(found.name, shape), found.name, found.dtype, nbytes, model.anatomy.config)
 
 
-def children(card: Card, group: str, model: Filled) -> Iterator[tuple[Card, str]]:
+def children(name: str, group: str, model: Filled) -> Iterator[tuple[str, str]]:
     """The cards whose parameters a card holds, each with its group; and those that it calls which find theirs in the model."""
+    card = model.cards[name]
     for d in card.params:
-        child = model.cards.get(f"{card.namespace}.{RANGED.sub('', d.type)}") or model.cards.get(RANGED.sub("", d.type))
+        kind = RANGED.sub("", d.type)
+        child = next((whole for whole in (f"{card.namespace}.{kind}", kind) if whole in model.cards), None)
         if child and d.keys:
             yield from ((child, named(key, values)) for key, values in tensors(d, model.hypers))
         elif child:
             yield child, group
-    for other in called(card, model.cards):
-        if not other.given and other.params:
+    for other in calls(name, model):
+        if not model.cards[other].given and model.cards[other].params:
             yield other, ""
 
 
+@kept
+def calls(name: str, model: Filled) -> tuple[str, ...]:
+    """The names of the cards that a card calls."""
+    return tuple(dict.fromkeys(card.name for card in called(model.cards[name], model.cards)))
+
+
+@kept
 def groups(model: Filled) -> dict[str, list[str]]:
     """The groups of tensors with which each card runs, by its name; those of its callers, where no card holds its parameters."""
     found: dict[str, dict[str, None]] = {}
-    family = [model.cards[name] for name in READING[model.family]]
-    held = {child.name for card in family for child, _ in children(card, "", model)}
-    waiting = [(card, "") for card in family if not card.given]
+    family = READING[model.family]
+    held = {child for name in family for child, _ in children(name, "", model)}
+    waiting = [(name, "") for name in family if not model.cards[name].given]
     while waiting:
-        card, group = waiting.pop(0)
-        if group not in found.setdefault(card.name, {}):
-            found[card.name][group] = None
-            waiting += children(card, group, model)
-            waiting += [(other, group) for other in called(card, model.cards) if other.name not in held]
+        name, group = waiting.pop(0)
+        if group not in found.setdefault(name, {}):
+            found[name][group] = None
+            waiting += children(name, group, model)
+            waiting += [(other, group) for other in calls(name, model) if other not in held]
     return {name: list(below) for name, below in found.items()}
 
 
@@ -222,44 +223,66 @@ def groups(model: Filled) -> dict[str, list[str]]:
 
 def cost(found: Reach, model: Filled) -> Cost:
     """What is reached, as `params` counts it."""
-    a, tensors = model.anatomy, tuple(found.entries.values())
-    parts = [Part("tensors", tensors, range(0)), *(Part("attention", (), range(i, i + 1)) for i in found.layers)]
-    tokens, sums = [per_token(a, part, model.run) for part in parts], count(tensors)
-    flops, weights, cache = (sum(getattr(t, name) for t in tokens) for name in ("flops", "weight_bytes", "cache_bytes"))
-    return Cost(sums.parameters, sums.active, flops, weights, cache)
+    tensors = tuple(found.entries.values())
+    sums, token = count(tensors), per_token(model.anatomy, Part("tensors", tensors, range(0)), model.run)
+    attention = [attended(layer, model) for layer in found.layers]
+    flops = token.flops + sum(a.flops for a in attention)
+    return Cost(sums.parameters, sums.active, flops, token.weight_bytes, sum(a.cache_bytes for a in attention))
 
 
-def costs(card: Card, model: Filled) -> dict[Cost, int]:
+@kept
+def attended(layer: int, model: Filled) -> PerToken:
+    """What attention over the cache of one layer takes."""
+    return per_token(model.anatomy, Part("attention", (), range(layer, layer + 1)), model.run)
+
+
+def costs(name: str, model: Filled) -> dict[Cost, int]:
     """What a card comes to with all that it reaches, and in how many layers: they may see different numbers of positions."""
+    alike: dict[object, list[str]] = {}
+    for group in groups(model).get(name, ()):
+        alike.setdefault(kinds(model).get(group, group), []).append(group)
     found: dict[Cost, int] = {}
-    for group in model.groups.get(card.name, ()):
-        one = cost(reach(card, group, model), model)
-        found[one] = found.get(one, 0) + 1
+    for first, *others in alike.values():
+        one = cost(reach(name, first, model), model)
+        found[one] = found.get(one, 0) + 1 + len(others)
     return found
+
+
+@kept
+def kinds(model: Filled) -> dict[str, object]:
+    """Of each block's group what its costs depend on: the positions that it sees, and how its tensors are stored."""
+    stored: dict[int, list[tuple[str, str]]] = {}
+    for e in model.stored.values():
+        if e.layer is not None:
+            stored.setdefault(e.layer, []).append((e.key.partition(".")[2], e.dtype))
+    return {f"blocks.{i}": (sizes(model.anatomy.config).windows[i], frozenset(mine)) for i, mine in stored.items()}
+
+
+def total(model: Filled) -> Cost:
+    """What the model comes to."""
+    return cost(reach(model.family, "", model), model)
 
 
 def shares(model: Filled) -> dict[str, tuple[int, Cost]]:
     """What each card adds to the model itself, of all times that it runs, and how many these are: each tensor where it is met first."""
     found: dict[str, tuple[int, Cost]] = {}
-    root, below = model.cards[model.family], model.groups
-    held = reach(root, "", model)
-    held = Reach(dict(held.entries), held.layers)
-    for card in reading(root, model.cards):
-        mine = Reach({}, frozenset())
-        for group in below.get(card.name, ()):
-            mine |= own_reach(card, group, model)
-        mine = Reach({name: held.entries.pop(name) for name in mine.entries if name in held.entries}, mine.layers & held.layers)
-        held = Reach(held.entries, held.layers - mine.layers)
-        if mine.entries:
-            found[card.name] = (len(below[card.name]), cost(mine, model))
+    whole = reach(model.family, "", model)
+    left, layers = dict(whole.entries), set(whole.layers)
+    for card in reading(model.cards[model.family], model.cards):
+        below = groups(model).get(card.name, ())
+        mine = [own_reach(card.name, group, model) for group in below]
+        entries = {tensor: left.pop(tensor) for one in mine for tensor in one.entries if tensor in left}
+        attends = {layer for one in mine for layer in one.layers} & layers
+        layers -= attends
+        if entries:
+            found[card.name] = (len(below), cost(Reach(entries, frozenset(attends)), model))
     return found
 
 
 def handed(card: Card, model: Filled) -> int:
     """The number of parameters that a card's caller hands over one by one, and counts as its own."""
-    values = {**model.hypers, **{h.name: h.value for h in card.hypers if h.value is not None}}
-    sizes = [(shape(d.type, values), d) for d in card.params if not d.keys]
-    return sum(math.prod(found) * len(d.names) for found, d in sizes if found is not None)
+    shapes = [(shape(d.type, model), d) for d in card.params if not d.keys]
+    return sum(math.prod(found) * len(d.names) for found, d in shapes if found is not None)
 
 
 # ---- in words ---------------------------------------------------------------------------------------------------------------
@@ -267,7 +290,7 @@ def handed(card: Card, model: Filled) -> int:
 
 def cost_lines(card: Card, model: Filled) -> list[str]:
     """The last lines of a card, as remarks: its text may end with them, and whoever reads it passes over them."""
-    lines = [cost_text(one, layers, model) for one, layers in costs(card, model).items() if one.parameters]
+    lines = [cost_text(one, layers, model) for one, layers in costs(card.name, model).items() if one.parameters]
     if not lines and (n := handed(card, model)):
         lines = [f"{n:,} parameters, which its caller hands over; no matrix product"]
     return [f"# {line}" for line in lines or ["no parameters, no matrix product"]]

@@ -10,6 +10,7 @@ from typer.main import get_command
 from ..kernels.errors import ToyllmError
 from . import output
 from .bench import bench
+from .card import card
 from .chat import chat
 from .check import check
 from .compare import compare
@@ -57,7 +58,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, score, compare, check, cut, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, card, score, compare, check, cut, bench, pull):
     app.command()(command)
 
 
@@ -91,7 +92,10 @@ def run(arguments: list[str]) -> int:
         give_up_stdout()
         if os.environ.get("TOYLLM_DEBUG"):
             raise
-        return fail(str(error), FAILED)
+        fail(str(error), FAILED)
+        if excerpt := getattr(error, "excerpt", ""):  # the place in a file that a CardError points at
+            output.say(output.printable(excerpt))
+        return FAILED
 
 
 def origin(error: Any) -> str:

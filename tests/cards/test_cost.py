@@ -45,7 +45,7 @@ def assert_adds_up(model: Filled) -> None:
     for name in ("flops", "weight_bytes", "cache_bytes"):
         assert sum(getattr(one, name) for one in parts) == getattr(token, name)
     for name in (model.family, f"{model.family}.Step"):
-        one = cost(reach(model.cards[name], "", model), model)
+        one = cost(reach(name, "", model), model)
         assert (one.parameters, one.active) == (said.parameters, said.active)
         assert (one.flops, one.weight_bytes, one.cache_bytes) == (token.flops, token.weight_bytes, token.cache_bytes)
 
@@ -60,7 +60,7 @@ def test_the_cards_of_published_models_add_up_to_the_published_counts_and_to_par
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shapes_that_the_cards_declare_are_those_of_the_architecture(name: str) -> None:
     model = of_config(name)
-    declared = {e.key: e.shape for e in reach(model.cards[model.family], "", model).entries.values()}
+    declared = {e.key: e.shape for e in reach(model.family, "", model).entries.values()}
     assert declared == {e.key: e.shape for e in model.anatomy.entries if e.counted}
 
 
@@ -145,7 +145,7 @@ def test_decoding_at_the_last_position_computes_as_many_operations_as_gpt2s_card
     cache = np.zeros((h["L"], 2, model.position, h["H"], h["Dh"]))
     read = source(open_checkpoint(files), model.anatomy.config)
     run(model.cards["gpt2.Step"], model.cards, {"t": 5, "C": cache}, source=read, limits=LIMITS)
-    (one,) = costs(model.cards["gpt2.Step"], model)
+    (one,) = costs("gpt2.Step", model)
     assert sum(products) == one.flops
 
 
@@ -157,7 +157,7 @@ def test_and_as_many_as_gpt_osss_cards_say(products: list[int]) -> None:
     read = source(open_checkpoint(files), model.anatomy.config)
     inputs = {"x": 5, "p": model.position, "C": rings}
     run(model.cards["gpt-oss.Step"], model.cards, inputs, {"moe": "auto", "ρ": 1.0}, read, limits=LIMITS)
-    (one,) = costs(model.cards["gpt-oss.Step"], model)
+    (one,) = costs("gpt-oss.Step", model)
     assert sum(products) == one.flops
 
 
@@ -168,8 +168,8 @@ def test_each_mixture_computes_for_a_decoded_token_what_its_card_says(algorithm:
     read = source(open_checkpoint(files), model.anatomy.config)
     x = np.random.default_rng(0).standard_normal((1, model.hypers["D"]))
     run(model.cards["gpt-oss.MoE"], model.cards, {"x": x}, {"moe": algorithm, "ρ": 1.0}, read, group="blocks.0", limits=LIMITS)
-    (mixture,) = costs(model.cards[f"gpt-oss.{algorithm.capitalize()}"], model)
-    (router,) = costs(model.cards["gpt-oss.Router"], model)
+    (mixture,) = costs(f"gpt-oss.{algorithm.capitalize()}", model)
+    (router,) = costs("gpt-oss.Router", model)
     assert sum(products) == mixture.flops + router.flops
 
 

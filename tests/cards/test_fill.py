@@ -122,5 +122,7 @@ def test_the_family_decides_where_both_have_a_card_of_a_name() -> None:
 def test_an_unknown_name_is_told_with_those_near_it() -> None:
     with pytest.raises(ToyllmError, match=r"^blok: no card of this name; did you mean gpt2\.Block or gpt-oss\.Block\?$"):
         find_card("blok", library())
+    with pytest.raises(ToyllmError, match=r"did you mean gpt2\.LN\?$"):
+        find_card("layernorm", library())
     with pytest.raises(ToyllmError, match="`toyllm card --list` lists them"):
         find_card("zzzz", library())

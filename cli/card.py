@@ -43,7 +43,10 @@ def card(
             show_default=False,
         ),
     ] = None,
-    group: Annotated[str, option("Of --input: below which name of the model's tensors it finds its own.", "--group", metavar="NAME")] = "",
+    group: Annotated[
+        str | None,
+        option("Of --input: where among the model's tensors the card's are: blocks.0.", "--group", metavar="NAME", show_default=False),
+    ] = None,
 ) -> None:
     """Show an algorithm as a card: shape-annotated pseudocode with the model's sizes, and what it costs. No weight is read.
 

@@ -62,7 +62,7 @@ def show_file(path: Path, model: "Filled | None", full: bool, form: str) -> None
     FORMATS[form](list(reached(cards, everything).values()) if full else cards, None)
 
 
-def run_file(path: Path, model: "Filled | None", where: str, group: str, inputs: Sequence[str], form: str) -> None:
+def run_file(path: Path, model: "Filled | None", where: str, group: str | None, inputs: Sequence[str], form: str) -> None:
     """Check the cards of a file, and run the first."""
     from ..cards.catalogue import library
 
@@ -100,7 +100,7 @@ def run_card(
     inputs: Sequence[str],
     model: "Filled | None",
     where: str,
-    group: str,
+    group: str | None,
     form: str,
 ) -> None:
     """Run a card, and show its results. Its parameters are read from the model at `where`. Raises ToyllmError."""
@@ -111,7 +111,7 @@ def run_card(
 
     stated = {h.name for h in card.hypers if h.value is not None}
     hypers = {name: value for name, value in {**MIXING, **(model.hypers if model else {})}.items() if name not in stated}
-    made = run(card, library, dict(map(parse_input, inputs)), hypers, parameters(model, where), group=group)
+    made = run(card, library, dict(map(parse_input, inputs)), hypers, parameters(model, where), group=group or "")
     results = made.outputs or {f"result {n}": value for n, value in enumerate(made.results)}
     found = [of_array(name, value) for name, value in results.items()]
     settings: dict[str, Any] = {"edge_items": 3, "precision": 4, "threshold": 1000, "full": False, "scientific": False}

@@ -1,6 +1,5 @@
 """The script that is written from a model's cards: alone, with NumPy, it computes the engine's logits."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path

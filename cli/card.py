@@ -1,13 +1,14 @@
 """`toyllm card`: the algorithms of a model as cards, filled from its configuration; and cards that a person writes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..kernels.errors import ToyllmError
 from . import output
-from .options import DEFAULT_MODEL, Model, option
+from .card_check import CHECKING, check_cards, is_check
+from .options import DEFAULT_MODEL, Model, option, takes
 
 if TYPE_CHECKING:
     from ..cards.cost import Filled
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 EMBEDDED = {"gpt2": "tales-gpt2", "gpt-oss": "tales-gpt-oss"}  # the model that fills a family's cards, unless one is named
 
 
+@takes(checking=CHECKING)
 def card(
     context: typer.Context,
     name: Annotated[
@@ -47,11 +49,20 @@ def card(
         str | None,
         option("Of --input: where among the model's tensors the card's are: blocks.0.", "--group", metavar="NAME", show_default=False),
     ] = None,
+    *,
+    checking: dict[str, Any],
 ) -> None:
     """Show an algorithm as a card: shape-annotated pseudocode with the model's sizes, and what it costs. No weight is read.
 
     A FILE.card is checked, and shown in the canonical form; what is wrong in it is told with line and column.
+    With --check cards run on the weights, step by step against the engine: exit code 3 where they depart from it.
     """
+    if is_check(context, checking):
+        others = {"--config": config, "--full": full, "--list": listing, "--input": inputs, "--group": group}
+        check_cards(context, name, model if is_given(context, "model") else None, form, others, checking)
+        return
+    form = "json" if checking["json"] else form
+
     from .card_shown import FORMATS
 
     named = any(is_given(context, parameter) for parameter in ("model", "config"))

@@ -237,14 +237,18 @@ def attended(layer: int, model: Filled) -> PerToken:
 
 
 def costs(name: str, model: Filled) -> dict[Cost, int]:
-    """What a card comes to with all that it reaches, and in how many layers: they may see different numbers of positions."""
+    """What a card comes to with all that it reaches, and in how many layers: they may see different numbers of positions.
+
+    Nothing for a card that reaches no parameters.
+    """
     alike: dict[object, list[str]] = {}
     for group in groups(model).get(name, ()):
         alike.setdefault(kinds(model).get(group, group), []).append(group)
     found: dict[Cost, int] = {}
     for first, *others in alike.values():
         one = cost(reach(name, first, model), model)
-        found[one] = found.get(one, 0) + 1 + len(others)
+        if one.parameters:
+            found[one] = found.get(one, 0) + 1 + len(others)
     return found
 
 
@@ -289,11 +293,11 @@ def handed(card: Card, model: Filled) -> int:
 
 
 def cost_lines(card: Card, model: Filled) -> list[str]:
-    """The last lines of a card, as remarks: its text may end with them, and whoever reads it passes over them."""
-    lines = [cost_text(one, layers, model) for one, layers in costs(card.name, model).items() if one.parameters]
+    """What a card comes to, in words: a line, or one for each kind of layer that it comes to something else in."""
+    lines = [cost_text(one, layers, model) for one, layers in costs(card.name, model).items()]
     if not lines and (n := handed(card, model)):
         lines = [f"{n:,} parameters, which its caller hands over; no matrix product"]
-    return [f"# {line}" for line in lines or ["no parameters, no matrix product"]]
+    return lines or ["no parameters, no matrix product"]
 
 
 def cost_text(one: Cost, layers: int, model: Filled) -> str:

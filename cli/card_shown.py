@@ -1,8 +1,8 @@
-"""How `toyllm card` shows cards: as text, coloured on a terminal, and with what they cost."""
+"""How `toyllm card` shows cards, and what they cost: as text, coloured on a terminal, as Markdown, LaTeX or JSON."""
 
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cards.text import RULE, render
 from . import output
@@ -22,7 +22,7 @@ DECLARED = re.compile(r"(\s*(?:\w+:)?)(\s*)(.*?)((?:\s{3}\(.*)?(?:\s*\[[^\[\]]*\
 
 
 def show_text(cards: "Sequence[Card]", model: "Filled | None") -> None:
-    """Cards as text: the first, a rule, and the others; each with what it costs, and a model with how these add up."""
+    """Cards as text: the first, a rule, and the others; each with what it costs, and a model in full with how these add up."""
     text = text_of(cards, model)
     if output.colours(sys.stdout):
         text = "".join(coloured(line) for line in text.splitlines(keepends=True))
@@ -30,19 +30,11 @@ def show_text(cards: "Sequence[Card]", model: "Filled | None") -> None:
 
 
 def text_of(cards: "Sequence[Card]", model: "Filled | None") -> str:
-    """What `show_text` shows, without colours."""
-    first, *others = (output.printable(render(card)) + cost_text(card, model) for card in cards)
+    """What `show_text` shows, without colours. Costs are remarks behind a `#`: whoever reads the text as cards passes over them."""
+    costs = remarks(cards, model)
+    first, *others = (output.printable(render(card)) + "".join(f"# {line}\n" for line in costs.get(card.name, ())) for card in cards)
     sums = [sums_text(model)] if model and others and cards[0].name == model.family else []
     return "\n".join([first, *([RULE + "\n"] if others else []), *others, *sums])
-
-
-def cost_text(card: "Card", model: "Filled | None") -> str:
-    """The remarks at the end of a card of a model."""
-    if model is None:
-        return ""
-    from ..cards.cost import cost_lines
-
-    return "".join(line + "\n" for line in cost_lines(card, model))
 
 
 def sums_text(model: "Filled") -> str:
@@ -58,7 +50,44 @@ def sums_text(model: "Filled") -> str:
     return "\n".join([rule, "", *(f"# {line}" for line in lines), ""])
 
 
-FORMATS = {"text": show_text}  # what --format may be
+def show_markdown(cards: "Sequence[Card]", model: "Filled | None") -> None:
+    """Cards as Markdown, each with what it costs."""
+    from ..cards.notation import render_markdown
+
+    output.write(output.printable(render_markdown(cards, remarks(cards, model))))
+
+
+def show_latex(cards: "Sequence[Card]", model: "Filled | None") -> None:
+    """Cards as a LaTeX document, each with what it costs."""
+    from ..cards.latex import render_latex
+
+    output.write(output.printable(render_latex(cards, remarks(cards, model))))
+
+
+def show_json(cards: "Sequence[Card]", model: "Filled | None") -> None:
+    """Cards as one JSON document, each as `cards.notation.from_json` reads it back; what they cost is beside them, by name."""
+    from ..cards.notation import to_json
+
+    document: dict[str, Any] = {"cards": [to_json(card) for card in cards]}
+    if model:
+        from ..cards.cost import costs, total
+
+        document["position"] = model.position
+        document["costs"] = {c.name: [{"layers": n, **vars(one)} for one, n in costs(c.name, model).items()] for c in cards}
+        document["total"] = vars(total(model))
+    output.write_json("card", document)
+
+
+def remarks(cards: "Sequence[Card]", model: "Filled | None") -> dict[str, list[str]]:
+    """What cards of a model cost, in words, by their names."""
+    if model is None:
+        return {}
+    from ..cards.cost import cost_lines
+
+    return {card.name: cost_lines(card, model) for card in cards}
+
+
+FORMATS = {"text": show_text, "markdown": show_markdown, "latex": show_latex, "json": show_json}  # what --format may be
 
 # ---- colours ----------------------------------------------------------------------------------------------------------------
 

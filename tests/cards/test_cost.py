@@ -197,10 +197,10 @@ def test_every_card_of_a_family_says_what_it_costs() -> None:
     for name in ("gpt2", "gpt-oss-20b"):
         model = of_config(name)
         said = {card: cost_lines(model.cards[card], model) for card in READING[model.family]}
-        assert all(lines and all(line.startswith("# ") for line in lines) for lines in said.values())
-    assert said["gpt-oss.RMSNorm"] == ["# 2,880 parameters, which its caller hands over; no matrix product"]
-    assert said["MXFP4"] == ["# no parameters, no matrix product"]
-    assert [line.split(";")[0] for line in said["gpt-oss.Attn"]] == ["# 26,550,144 parameters in each of 12 layers"] * 2
+        assert all(lines for lines in said.values())
+    assert said["gpt-oss.RMSNorm"] == ["2,880 parameters, which its caller hands over; no matrix product"]
+    assert said["MXFP4"] == ["no parameters, no matrix product"]
+    assert [line.split(";")[0] for line in said["gpt-oss.Attn"]] == ["26,550,144 parameters in each of 12 layers"] * 2
 
 
 def test_the_members_of_a_family_of_tensors_are_all_counted() -> None:

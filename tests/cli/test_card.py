@@ -12,6 +12,7 @@ import pytest
 
 from toyllm.cards.catalogue import READING, WHAT
 from toyllm.cards.cost import filled_cards
+from toyllm.cards.notation import from_json
 from toyllm.cards.text import RULE, parse_all
 from toyllm.models.location import ModelFiles
 from toyllm.models.params import anatomy
@@ -142,10 +143,36 @@ def test_a_part_in_full_has_what_it_calls(toyllm) -> None:
     ]
 
 
+def test_json_is_read_back_as_the_cards_and_its_costs_are_exact(toyllm) -> None:
+    document = json.loads(toyllm("card", "--full", "--format", "json", "--config", config("gpt-oss-20b")).out)
+    assert document["schema"] == "toyllm.card/1"
+    text = parse_all(toyllm("card", "--full", "--config", config("gpt-oss-20b")).out)
+    assert tuple(from_json(card) for card in document["cards"]) == text
+    params = json.loads(toyllm("params", "--json", "--config", config("gpt-oss-20b")).out)
+    assert document["total"]["parameters"] == params["parameters"] == 20_914_757_184
+    assert document["position"] == 131_071
+    assert document["costs"]["gpt-oss"] == [{"layers": 1, **document["total"]}]
+    assert [one["layers"] for one in document["costs"]["gpt-oss.Attn"]] == [12, 12]
+    assert document["costs"]["gpt-oss.RMSNorm"] == []
+
+
+def test_markdown_and_latex_say_what_it_costs(mine: str, toyllm) -> None:
+    said = "525,568 parameters in each of 6 layers; a token at position 511: 1,048,576 FLOPs, 1,051,136 bytes of weights"
+    markdown = toyllm("card", "gpt2.ffn", "--format", "markdown").out
+    assert markdown.startswith("### `gpt2.FFN(x; θ)`\n")
+    assert markdown.endswith(f"\n* {said}\n")
+    latex = toyllm("card", "gpt2.ffn", "--format", "latex").out
+    assert latex.startswith("\\documentclass{article}\n")
+    assert f"\\Statex {said}\n" in latex
+    assert "parameters" not in toyllm("card", mine, "--format", "markdown").out
+
+
 def test_the_list(toyllm) -> None:
     header, *rows = toyllm("card", "--list").out.splitlines()
     assert header.split() == ["card", "what", "it", "is"]
     assert [row.split("  ")[0] for row in rows] == list(WHAT)
+    document = json.loads(toyllm("card", "--list", "--format", "json").out)
+    assert {entry["name"]: entry["what"] for entry in document["library"]} == WHAT
 
 
 def test_an_unknown_name_is_told_with_those_near_it(toyllm) -> None:
@@ -286,6 +313,12 @@ def test_a_librarys_card_runs_on_the_weights_of_its_model(tmp_path: Path, toyllm
         ran = toyllm("card", name, "--group", where, "--input", f"x={tmp_path}/x.npy")
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.startswith("y  F64 [1, 256], 2,048 bytes; ")
+
+
+def test_the_results_of_a_run_as_json(mine: str, toyllm) -> None:
+    document = json.loads(toyllm("card", mine, "--input", "x=[0, 0]", "--format", "json").out)
+    assert document["card"] == "my.Soft"
+    assert [(result["name"], result["values"]) for result in document["results"]] == [("y", [0.5, 0.5]), ("m", 0.0)]
 
 
 def test_inputs_that_do_not_fit_are_refused(mine: str, tmp_path: Path, toyllm) -> None:

@@ -8,6 +8,7 @@ import typer
 from ..kernels.errors import ToyllmError
 from . import output
 from .card_check import CHECKING, check_cards, is_check
+from .card_emit import EMITTING, emit
 from .options import DEFAULT_MODEL, Model, option, takes
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 EMBEDDED = {"gpt2": "tales-gpt2", "gpt-oss": "tales-gpt-oss"}  # the model that fills a family's cards, unless one is named
 
 
-@takes(checking=CHECKING)
+@takes(checking=CHECKING, emitting=EMITTING)
 def card(
     context: typer.Context,
     name: Annotated[
@@ -51,14 +52,19 @@ def card(
     ] = None,
     *,
     checking: dict[str, Any],
+    emitting: dict[str, Any],
 ) -> None:
     """Show an algorithm as a card: shape-annotated pseudocode with the model's sizes, and what it costs. No weight is read.
 
     A FILE.card is checked, and shown in the canonical form; what is wrong in it is told with line and column.
-    With --check cards run on the weights, step by step against the engine: exit code 3 where they depart from it.
+    With --emit the whole model becomes a script. With --check cards run on the weights, step by step against the engine: exit code 3
+    where they depart from it.
     """
+    others = {"--config": config, "--full": full, "--list": listing, "--input": inputs, "--group": group}
+    if any(emitting.values()):
+        emit(model, {"NAME": name, **others}, emitting)
+        return
     if is_check(context, checking):
-        others = {"--config": config, "--full": full, "--list": listing, "--input": inputs, "--group": group}
         check_cards(context, name, model if is_given(context, "model") else None, form, others, checking)
         return
     form = "json" if checking["json"] else form

@@ -23,6 +23,7 @@ from .params import params
 from .pull import pull
 from .score import score
 from .tokenize import tokenize
+from .trace import trace
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this Typer keeps its click
@@ -58,7 +59,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, card, score, compare, check, cut, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, trace, card, score, compare, check, cut, bench, pull):
     app.command()(command)
 
 

@@ -33,8 +33,9 @@ WITHOUT_TWIN = {
     "--force",
     "--save",
     "--output",
+    "--html",
 }
-CHOOSES = {("cut", "--layers"), ("cut", "--experts")}  # what is written is said on the command line; elsewhere they show or route
+CHOOSES = {("cut", "--layers"), ("cut", "--experts"), ("trace", "--layers")}  # which ones, said on the command line
 OPTIONS = [(name, p) for name in COMMANDS for p in APP.commands[name].params if p.param_type_name == "option"]
 ALONE = [(name, p) for name, p in OPTIONS if WITHOUT_TWIN & {*p.opts} or (name, p.opts[0]) in CHOOSES]
 TWINS = [pytest.param(name, p, id=f"{name} {p.opts[0]}") for name, p in OPTIONS if (name, p) not in ALONE]

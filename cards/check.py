@@ -54,9 +54,9 @@ class Held:
 
     @property
     def activation(self) -> str:
-        """The name without its block."""
+        """The name without its block, or without what is said of it behind a colon."""
         group, _, rest = self.name.partition(".")
-        return f"blocks.*.{rest.partition('.')[2]}" if group == "blocks" else self.name
+        return f"blocks.*.{rest.partition('.')[2]}" if group == "blocks" else self.name.partition(":")[0]
 
 
 @dataclass(frozen=True)

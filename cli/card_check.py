@@ -166,13 +166,9 @@ def show_report(report: "Report", seconds: float) -> None:
     rows = []
     for row in report.rows:
         h = row.worst
-        figures = (
-            str(len(row.held)),
-            f"{h.difference:.1e}",
-            f"{h.tolerance:.0e}" if h.tolerance else "0",
-            "ok" if row.holds else "DEPARTS",
-        )
-        rows.append((h.stage, h.card, str(h.step), h.activation, *figures, h.text))
+        figures = tuple(f"{value:.{digits}e}" if value else "0" for value, digits in ((h.difference, 1), (h.tolerance, 0)))
+        held = "ok" if row.holds else "DEPARTS"
+        rows.append((h.stage, h.card, str(h.step), h.activation, str(len(row.held)), *figures, held, h.text))
     output.table(HEADER, rows, right=(2, 4, 5, 6))
     output.write("\n" + output.one_line(verdict(report)) + "\n")
     for note in report.notes:
@@ -189,8 +185,8 @@ def verdict(report: "Report") -> str:
         count = sum(not row.holds for row in rows)
         place = f" ({first.place})" if first.place else ""
         return (
-            f"departs first at {first.card}, step {first.step}{place}, in {first.stage}: {first.name}: difference {first.difference:.1e}, "
-            f"tolerance {first.tolerance:.0e} of the largest; {count} of {len(rows)} rows depart"
+            f"departs first in {first.stage}, at {first.card}, step {first.step}{place}, {first.text}: {first.name}: difference "
+            f"{first.difference:.1e}, tolerance {first.tolerance:.0e} of the largest value; {count} of {len(rows)} rows depart"
         )
     worst = max((row.worst for row in rows), key=lambda h: h.difference)
     return (

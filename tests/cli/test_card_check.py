@@ -69,7 +69,7 @@ def test_a_card_that_departs_ends_with_3_and_its_place(toyllm: Run, tmp_path: Pa
     file = mine(tmp_path, "gpt2.attn", "s · q[:, h]", "q[:, h]")
     found = toyllm("card", "--check", file, "-m", GPT2, *SHORT)
     assert found.code == 3
-    assert f"departs first at gpt2.Attn, step 5 ({file}:14), in prefill: blocks.0.attn.scores: difference " in found.out
+    assert f"departs first in prefill, at gpt2.Attn, step 5 ({file}:14), A^h ← mask(A^h, causal(T, T)): blocks.0.attn.scores: " in found.out
     assert "DEPARTS" in found.out
     first = json.loads(toyllm("card", "--check", file, "-m", GPT2, *SHORT, "--json").out)["check"]["first"]
     assert (first["card"], first["step"], first["activation"]) == ("gpt2.Attn", 5, "blocks.0.attn.scores")

@@ -1,4 +1,4 @@
-"""Writes the goldens of test_goldens.py: every card at the shapes of published models, as `toyllm card --full --config FILE` shows it.
+"""Writes the goldens of tests/cli/test_card.py: every card at the shapes of published models, as `toyllm card --full --config FILE` shows it.
 
 python tests/cards/make_goldens.py
 """

@@ -1,6 +1,8 @@
-"""Writes the goldens of tests/cli/test_card.py: every card at the shapes of published models, as `toyllm card --full --config FILE` shows it.
+"""Writes the goldens of tests/cli/test_card.py: every card at the shapes of published models.
 
-python tests/cards/make_goldens.py
+They are what `toyllm card --full --config FILE` shows.
+
+    python tests/cards/make_goldens.py
 """
 
 import contextlib

@@ -25,6 +25,7 @@ from .language import (
     Type,
     Unary,
     Values,
+    walk,
 )
 from .operations import COMPUTED, transpose
 from .operators import (
@@ -346,12 +347,27 @@ def size_of(frame: Frame, node: Node) -> int:
 
 
 def type_text(frame: Frame, kind: Type) -> str:
-    """A type with its sizes as numbers."""
+    """A type with its sizes as numbers, where they are known."""
     if kind.domain == "card":
         return f"the parameters of {kind.card}"
     ends = [int(evaluate(frame, n)) for n in (kind.first, kind.last) if n]
     domain = {"bool": "{0,1}", "range": f"{{{'..'.join(map(str, ends))}}}"}.get(kind.domain, kind.domain)
-    return typed(domain, tuple(size_of(frame, node) for node in kind.sizes))
+    return typed(domain, tuple(size_of(frame, node) if sized(frame, node) else letter_text(node) for node in kind.sizes))
+
+
+def sized(frame: Frame, node: Node) -> bool:
+    """Whether each letter in a size has a value."""
+    return all(is_known(frame, n.name) for n in walk(node) if isinstance(n, Name))
+
+
+def is_known(frame: Frame, name: str) -> bool:
+    """Whether a name in a size has a value."""
+    return name in frame.variables or (is_hyper(frame, name) and frame.hypers.get(name) is not None)
+
+
+def letter_text(node: Node) -> str:
+    """A size that has no value yet."""
+    return node.name if isinstance(node, Name) else "…"
 
 
 def clean(frame: Frame, value: Value) -> Value:

@@ -24,6 +24,7 @@ from .evaluate import (
     index_key,
     integer,
     is_hyper,
+    is_known,
     joined,
     refusal,
     several,
@@ -162,11 +163,6 @@ def take_sizes(frame: Frame, stated: list[tuple[Type, Value]]) -> None:
             frame.letters[letter] = frame.step
 
 
-def is_known(frame: Frame, name: str) -> bool:
-    """Whether a name in a size has a value."""
-    return name in frame.variables or (is_hyper(frame, name) and frame.hypers.get(name) is not None)
-
-
 def solved(frame: Frame, node: Node, letter: str, length: int) -> int | None:
     """The value of a letter at which a size is `length`; None where there is none."""
     if isinstance(node, Name):
@@ -187,8 +183,7 @@ def fitting(frame: Frame, value: Value, kind: Type, name: str) -> Value:
         if kind.domain != "card" or not isinstance(value, Group):
             raise Refused(f"{name}: expected {type_text(frame, kind)}, found {described(value)}")
         return value
-    wanted = tuple(size_of(frame, node) for node in kind.sizes)
-    if value.shape != wanted:
+    if value.ndim != len(kind.sizes) or value.shape != tuple(size_of(frame, node) for node in kind.sizes):
         raise Refused(f"{name}: expected {type_text(frame, kind)}, found {described(value)}")
     if not in_domain(frame, value, kind):
         found = f", from {np.min(value)} to {np.max(value)}" if value.size else ""

@@ -83,8 +83,8 @@ def described(value: Value) -> str:
     return typed({"b": "{0,1}", "i": "ℤ"}.get(value.dtype.kind, "R"), value.shape)
 
 
-def typed(domain: str, shape: tuple[int, ...]) -> str:
-    """A type of a domain and sizes."""
+def typed(domain: str, shape: tuple[int | str, ...]) -> str:
+    """A type of a domain and sizes, numbers or letters."""
     sizes = "×".join(map(str, shape))
     return domain if not shape else f"{domain}^{{{sizes}}}" if len(shape) > 1 else f"{domain}^{sizes}"
 

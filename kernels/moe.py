@@ -56,6 +56,7 @@ class Experts:
 
 Assignment = tuple[int, np.ndarray, np.ndarray]  # an expert, its tokens int64 [n] in ascending order, their weights f32 [n]
 Product = Callable[[np.ndarray, Mxfp4 | np.ndarray, np.ndarray, np.ndarray], None]  # (x, w, bias, out)
+Watch = Callable[[int, np.ndarray, str, np.ndarray], None]  # (an expert, its tokens, a part, its values)
 
 
 @exact
@@ -145,11 +146,12 @@ def assigned(
     w: Experts,
     product: Product,
     out: np.ndarray,
-    watch: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """out f32 [T, D] = the weighted sum of each token's experts, expert by expert; `product` computes x · wᵀ + bias.
 
-    `watch(e, tokens, h, z)` is shown what happens inside each expert: h f32 [n, 2F] before the clamp, z f32 [n, F].
+    `watch(e, tokens, part, array)` is shown what is inside each expert before it is used, and may write there: "gate_up" f32 [n, 2F]
+    before the clamp, then "hidden" f32 [n, F].
     """
     out[...] = 0
     for e, tokens, weights in assignments:
@@ -157,11 +159,13 @@ def assigned(
         z = np.empty((len(tokens), h.shape[1] // 2), np.float32)
         y = np.empty((len(tokens), x.shape[1]), np.float32)
         product(x[tokens], matrix_of(w.gate_up, e), w.gate_up_bias[e], h)
+        if watch:
+            watch(e, tokens, "gate_up", h)
         _swiglu_rows(h, np.float32(w.limit), np.float32(w.alpha), z)
+        if watch:
+            watch(e, tokens, "hidden", z)
         product(z, matrix_of(w.down, e), w.down_bias[e], y)
         _add_weighted(y, tokens, weights, out)
-        if watch:
-            watch(e, tokens, h, z)
 
 
 def matrix_of(w: Mxfp4 | np.ndarray, e: int) -> Mxfp4 | np.ndarray:
@@ -276,7 +280,7 @@ def mix(mixing, matmul, matmul_mxfp4, fused, x, logits, experts, weights, w, out
             if fused and watch is None and isinstance(w.gate_up, Mxfp4):
                 single(x[t : t + 1], experts[t], weights[t], w, scratch, out[t : t + 1])
             else:
-                shift = None if watch is None else (lambda e, tokens, h, z, t=t: watch(e, tokens + t, h, z))
+                shift = None if watch is None else (lambda e, tokens, part, array, t=t: watch(e, tokens + t, part, array))
                 assigned(x[t : t + 1], group(experts[t : t + 1], weights[t : t + 1]), w, product, out[t : t + 1], shift)
         return
     if algorithm == "all":

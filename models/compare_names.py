@@ -35,6 +35,12 @@ def is_activation(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
+def names_of(layers: int, mixture: bool) -> list[str]:
+    """The activations of a model with so many blocks, experts in them or not, in the order in which it makes them."""
+    other = ("mlp.hidden",) if mixture else ("router.", "experts.")
+    return [*BEFORE, *(f"blocks.{i}.{part}" for i in range(layers) for part in BLOCK if not part.startswith(other)), *AFTER]
+
+
 def axes(name: str) -> list[str]:
     """The letters of an activation's axes."""
     return (BEFORE | AFTER | BLOCK)[part(name)].split()

@@ -229,17 +229,19 @@ def attention(
     k.matmul(x, w.qkv.weight, w.qkv.bias, qkv, buffers.panels)
     split = qkv.reshape(T, 3, H, Dh)
     np.copyto(q, split[:, 0])
-    cache.put(split[:, 1], split[:, 2])
-    scale = (1 / math.sqrt(Dh) if c.scale_attn_weights else 1.0) / (i + 1 if c.scale_attn_by_inverse_layer_idx else 1)
-    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores)
-    k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
+    name = f"blocks.{i}.attn"
     if tap:
-        name = f"blocks.{i}.attn"
         tap(f"{name}.q", q)
         tap(f"{name}.k", split[:, 1])
         tap(f"{name}.v", split[:, 2])
-        tap_scores(tap, name, q, cache, scale)
+    cache.put(split[:, 1], split[:, 2])
+    scale = (1 / math.sqrt(Dh) if c.scale_attn_weights else 1.0) / (i + 1 if c.scale_attn_by_inverse_layer_idx else 1)
+    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores)
+    if tap:
+        tap_scores(tap, name, q, cache, scale, heads)
         tap(f"{name}.heads", heads)
+    k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
+    if tap:
         tap(f"{name}.out", out)
     return out
 
@@ -249,9 +251,10 @@ def feed_forward(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffe
     hidden, out = buffers.hidden[: len(x)], buffers.added[: len(x)]
     k.matmul(x, w.up.weight, w.up.bias, hidden, buffers.panels)
     getattr(k, ACTIVATIONS[c.activation_function])(hidden)
-    k.matmul(hidden, w.down.weight, w.down.bias, out, buffers.panels)
     if tap:
         tap(f"blocks.{i}.mlp.hidden", hidden)
+    k.matmul(hidden, w.down.weight, w.down.bias, out, buffers.panels)
+    if tap:
         tap(f"blocks.{i}.mlp.out", out)
     return out
 
@@ -298,7 +301,7 @@ def forward(
     for i, weights in enumerate(w.blocks):
         cache.set_layer(i)
         block(x, weights, i, c, k, buffers, cache, tap)
-    n = T if tap else len(logits)
+    n = T if tap and tap.reader else len(logits)
     if not n:
         return
     norm = buffers.norm[:n]

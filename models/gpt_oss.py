@@ -22,7 +22,7 @@ from ..kernels.errors import ToyllmError
 from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
 from .checkpoint import Checkpoint
 from .config import LARGEST, layers, positive, size
-from .taps import Tap, tap_scores
+from .taps import Tap, tap_inside, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
 if TYPE_CHECKING:
@@ -417,18 +417,20 @@ def attention(
     q, key, value, heads = q.reshape(T, H, Dh), key.reshape(T, G, Dh), value.reshape(T, G, Dh), buffers.heads[:T].reshape(T, H, Dh)
     k.rotate(q, *turn, not c.hf_rope_impl)
     k.rotate(key, *turn, not c.hf_rope_impl)
-    cache.put(key, value)
-    scale = 1 / math.sqrt(Dh)
-    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores, w.sinks)
-    out = buffers.added[:T]
-    k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
+    name = f"blocks.{i}.attn"
     if tap:
-        name = f"blocks.{i}.attn"
         tap(f"{name}.q", q)
         tap(f"{name}.k", key)
         tap(f"{name}.v", value)
-        tap_scores(tap, name, q, cache, scale, w.sinks)
+    cache.put(key, value)
+    scale = 1 / math.sqrt(Dh)
+    k.attention(q, cache.keys, cache.values, cache.cells, cache.adjoining, cache.begin, cache.end, scale, heads, buffers.scores, w.sinks)
+    if tap:
+        tap_scores(tap, name, q, cache, scale, heads, w.sinks)
         tap(f"{name}.heads", heads)
+    out = buffers.added[:T]
+    k.matmul(heads.reshape(T, H * Dh), w.out.weight, w.out.bias, out, buffers.panels)
+    if tap:
         tap(f"{name}.out", out)
     return out
 
@@ -437,36 +439,22 @@ def mixture(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: B
     """Router and experts of block i: [T, D] -> [T, D]."""
     T = len(x)
     logits, experts, weights, out = buffers.router[:T], buffers.experts[:T], buffers.weights[:T], buffers.added[:T]
+    name = f"blocks.{i}"
     k.matmul(x, w.router.weight, w.router.bias, logits, buffers.panels)
-    k.route(logits, experts, weights)
-    inside = Inside(T, c, experts) if tap else None
-    scratch = (buffers.h, buffers.z, buffers.halves, buffers.panels)
-    k.mixture(x, logits, experts, weights, w.experts, out, scratch, inside.watch if inside else None)
-    if tap and inside:
-        name = f"blocks.{i}"
+    if tap:
         tap(f"{name}.router.logits", logits)
+    k.route(logits, experts, weights)
+    if tap:
         tap(f"{name}.router.experts", experts)
         tap(f"{name}.router.weights", weights)
-        tap(f"{name}.experts.gate", inside.h[..., 0::2])
-        tap(f"{name}.experts.up", inside.h[..., 1::2])
-        tap(f"{name}.experts.hidden", inside.z)
+    inside = tap_inside(tap, name, experts, c.intermediate_size) if tap else None
+    scratch = (buffers.h, buffers.z, buffers.halves, buffers.panels)
+    k.mixture(x, logits, experts, weights, w.experts, out, scratch, inside.watch if inside else None)
+    if inside:
+        inside.read()
+    if tap:
         tap(f"{name}.mlp.out", out)
     return out
-
-
-class Inside:
-    """What happens inside the experts that a token chose, in the order in which it chose them, for those who watch."""
-
-    def __init__(self, T: int, c: Config, experts: np.ndarray) -> None:
-        self._experts = experts
-        self.h = np.full((T, c.num_experts_per_tok, 2 * c.intermediate_size), np.nan, np.float32)
-        self.z = np.full((T, c.num_experts_per_tok, c.intermediate_size), np.nan, np.float32)
-
-    def watch(self, e: int, tokens: np.ndarray, h: np.ndarray, z: np.ndarray) -> None:
-        """Keep what expert e did for those of its tokens that chose it."""
-        n, slot = np.nonzero(self._experts[tokens] == e)
-        self.h[tokens[n], slot] = h[n]
-        self.z[tokens[n], slot] = z[n]
 
 
 def block(
@@ -522,7 +510,7 @@ def forward(
     for i, weights in enumerate(w.blocks):
         cache.set_layer(i)
         block(x, weights, i, c, k, buffers, cache, turn, tap)
-    n = T if tap else len(logits)
+    n = T if tap and tap.reader else len(logits)
     if not n:
         return
     norm = buffers.norm[:n]

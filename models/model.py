@@ -2,8 +2,8 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,16 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .config import GenerationDefaults, generation_defaults, load_config
 from .location import ModelFiles, find_model
 from .preload import available_memory
+from .taps import Reader, Tap
 from .tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("toyllm")
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..kernels.backends import Backend
+    from .changes import Change, Changes
     from .generation import Event, Settings
 
 RESERVE = 256 * 2**20  # bytes of memory left for the interpreter, the kernels and their buffers
@@ -44,6 +48,7 @@ class Model:
     prefill_chunk: int = PREFILL_CHUNK
     cache_dtype: str = "f32"
     poison_cache: bool = False
+    changes: "Changes | None" = None
     _buffers: Any = field(default=None, repr=False)
 
     @cached_property
@@ -55,6 +60,18 @@ class Model:
     def vocab_size(self) -> int:
         """V: rows of the embedding, the ids the model takes."""
         return self.config.vocab_size
+
+    def changed(self, changes: "Iterable[Change]", prompt: int | None = None, positions: int | None = None) -> "Model":
+        """This model with changes of its activations made in every pass, in their order; those it had before are no longer made.
+
+        See `models.changes`. Negative positions count back from the end of a prompt of so many tokens; `positions` is how many there can
+        be (default: the model's context). Weights and buffers are this model's own. Raises ToyllmError for a name, slice or value that
+        does not fit, and for a change that would reach nothing.
+        """
+        from .changes import resolve
+
+        budget = self.kernels.mixing.algorithm == "budget"
+        return replace(self, changes=resolve(self.config, changes, prompt, positions, budget))
 
     def context_for(self, wanted: int | None) -> int:
         """Positions to make a KV cache for: `wanted`, or the model's context reduced, with a note, to what fits in memory.
@@ -100,7 +117,7 @@ class Model:
         positions: Sequence[int] | np.ndarray,
         sequences: Sequence[int] | np.ndarray,
         cache: Any,
-        taps: Callable[[str, np.ndarray], None] | None = None,
+        taps: Reader | None = None,
         all_logits: bool = False,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -108,8 +125,8 @@ class Model:
 
         Prefill and decode, one sequence or many, are this one path. More than `prefill_chunk` tokens run in passes of that many, which
         changes no logits. `out`, of the result's shape, is written and returned if given. `taps(name, array)` is called with each
-        activation as it is made: a buffer that the next one overwrites; copy it to keep it. Raises ToyllmError for ids, positions or
-        sequences that do not fit; CacheFull where the cache has no room.
+        activation as it is made, and changed where the model's are: a buffer that the next one overwrites; copy it to keep it. Raises
+        ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
         """
         tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
         self._check_batch(tokens, positions, sequences)
@@ -118,13 +135,14 @@ class Model:
             self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
         logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32) if out is None else out
         check_array("out", logits, (T if all_logits else 1, self.vocab_size))
+        writes = self.changes.writes if self.changes else {}
         for first in range(0, T, self.prefill_chunk):
             last = min(first + self.prefill_chunk, T)
             wanted = logits[first:last] if all_logits else logits[: last == T]
             cache.start_forward(positions[first:last], sequences[first:last])
-            self.family.forward(
-                self.weights, self.config, self.kernels, self._buffers, tokens[first:last], positions[first:last], cache, wanted, taps
-            )
+            at = positions[first:last]
+            tap = Tap(at, taps, writes) if taps or writes else None
+            self.family.forward(self.weights, self.config, self.kernels, self._buffers, tokens[first:last], at, cache, wanted, tap)
         return logits
 
     def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> None:
@@ -136,6 +154,8 @@ class Model:
         check_ids(tokens, self.vocab_size)
         if positions.min() < 0 or positions.max() >= self.config.context:
             raise ToyllmError(f"positions: expected 0 to {self.config.context - 1}, found {positions.min()} to {positions.max()}")
+        if self.changes and self.changes.of_scores and (sequences != sequences[0]).any():
+            raise ToyllmError("sequences: expected one at a time where attn.scores or attn.weights are changed")
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """f32 logits [T, V] after each of the ids [T], from position 0. Raises ToyllmError for bad ids or too many."""

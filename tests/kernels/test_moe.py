@@ -407,16 +407,42 @@ def test_nan_in_a_token_stays_in_its_row(rng, layer):
 def test_watching_shows_every_chosen_expert_and_changes_nothing(rng, layer, error, name, algorithm):
     w, gate_up, _ = layer("mxfp4", E=3, D=32, F=32)
     x, logits = inputs(rng, 4, 32, 3)
-    seen: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    seen: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def watch(e: int, tokens: np.ndarray, h: np.ndarray, z: np.ndarray) -> None:
-        seen.update({(int(t), e): (h[n].copy(), z[n].copy()) for n, t in enumerate(tokens)})
+    def watch(e: int, tokens: np.ndarray, part: str, array: np.ndarray) -> None:
+        for n, t in enumerate(tokens):
+            seen.setdefault((int(t), e), {})[part] = array[n].copy()
 
     kernels = backend(name, Mixing(algorithm))
     assert np.array_equal(mix(kernels, x, logits, 2, w, watch), mix(kernels, x, logits, 2, w))
     chosen = {(t, e) for t, experts in routed(logits, 2).items() for e in experts}
     assert seen.keys() == ({(t, e) for t in range(4) for e in range(3)} if algorithm == "all" else chosen)
-    for (t, e), (h, z) in seen.items():
+    for (t, e), parts in seen.items():
         expected = gate_up[e] @ x[t].astype(np.float64) + w.gate_up_bias[e]
-        assert error(h, expected) < TOLERANCE
-        assert error(z[None], swiglu_reference(expected[None], LIMIT, ALPHA)) < 5e-6  # reached: 2e-6, near the clamp
+        assert list(parts) == ["gate_up", "hidden"]
+        assert error(parts["gate_up"], expected) < TOLERANCE
+        assert error(parts["hidden"][None], swiglu_reference(expected[None], LIMIT, ALPHA)) < 5e-6  # reached: 2e-6, near the clamp
+
+
+@backends
+@pytest.mark.parametrize("algorithm", ["single", "grouped", "all"])
+def test_what_a_watcher_writes_is_what_the_experts_go_on_with(rng, layer, name, algorithm):
+    w, gate_up, down = layer("mxfp4", E=3, D=32, F=32)
+    x, logits = inputs(rng, 4, 32, 3)
+
+    def watch(e: int, tokens: np.ndarray, part: str, array: np.ndarray) -> None:
+        if part == "gate_up":
+            array[:, 1::2] += np.float32(e)
+        else:
+            array[tokens == 2, 5:] = 7
+
+    found = mix(backend(name, Mixing(algorithm)), x, logits, 2, w, watch)
+    expected = np.zeros((4, 32))
+    for t, experts in routed(logits, 2).items():
+        for e, weight in experts.items():
+            h = gate_up[e] @ x[t].astype(np.float64) + w.gate_up_bias[e]
+            h[1::2] += e
+            z = swiglu_reference(h[None], LIMIT, ALPHA)[0]
+            z[5:] = 7 if t == 2 else z[5:]
+            expected[t] += weight * (down[e] @ z + w.down_bias[e])
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()

@@ -106,7 +106,7 @@ def test_without_taps_nothing_is_computed_or_allocated_for_them(family: str, mod
     watched, unwatched = peak(lambda name, array: None), peak(None)
     monkeypatch.setattr(module, "tap_scores", None)
     if family == "gpt_oss":
-        monkeypatch.setattr(module, "Inside", None)
+        monkeypatch.setattr(module, "tap_inside", None)
     assert peak(None) == pytest.approx(unwatched, abs=4096)
     scores = model.config.num_attention_heads if family == "gpt_oss" else model.config.n_head
     assert watched - unwatched > scores * 48 * 48 * 4

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..kernels.errors import ToyllmError
+from .changing import CHANGING, changes_entry, read_changes
 from .options import DEFAULT_MODEL, RUNNING, Group, Json, Model, PromptIds, option, takes
 from .prompt import read_prompt
+from .running import settings_entry
 
 if TYPE_CHECKING:
+    from ..models.changes import Change
     from ..models.checkpoint import Checkpoint
+    from ..models.model import Model as LoadedModel
     from ..models.tensor_values import Values
 
 RUN: Group = {key: value for key, value in RUNNING.items() if key != "context_size"}  # the cache is as large as the run needs
@@ -29,7 +33,7 @@ IMAGES = (".png", ".svg", ".pdf")
 ACTIVATION = re.compile(r"embed|norm_f|logits|blocks\b.*")
 
 
-@takes(layout=LAYOUT, running=RUN)
+@takes(layout=LAYOUT, changing=CHANGING, running=RUN)
 def dump_tensor(
     context: typer.Context,
     names: Annotated[
@@ -56,11 +60,15 @@ def dump_tensor(
     json: Json = False,
     *,
     layout: dict[str, Any],
+    changing: dict[str, Any],
     running: dict[str, Any],
 ) -> None:
     """Show tensors: weights or, with a prompt, activations of a real run.
 
     Only what is selected is read, and statistics are of that: min, max, mean and std of its finite values.
+
+    Activations can be changed as they are computed: patched, then scaled, then added to, then ablated; what is shown is what was computed
+    with. Positions count from 0 over prompt and steps; negative ones count back from the prompt's end.
     """
     one_of(context, {"--list": only_list, "--stats": stats, "--plot": plot, "--save": save})
     one_of(context, {"--json": json, "--plot": plot, "--save": save})
@@ -72,19 +80,23 @@ def dump_tensor(
     has_prompt = prompt is not None or prompt_ids is not None
     if step and not has_prompt:
         raise typer.BadParameter("a step follows a prompt; give --prompt or --prompt-ids", ctx=context, param_hint="--step")
+    refuse_changes(context, has_prompt)
     prepare_files(save, image, force)
 
     listing = only_list or not (patterns or stats)
     if has_prompt:
-        text_or_ids = read_prompt(context, prompt, prompt_ids)
-        found, checkpoint = find_activations(model, text_or_ids, step, patterns, regex, listing, running), None
+        text_or_ids, changes = read_prompt(context, prompt, prompt_ids), read_changes(context, changing)
+        loaded, ids = load_changed(model, text_or_ids, step, changes, running)
+        found, checkpoint = find_activations(loaded, ids, step, patterns, regex, listing), None
+        said = {"settings": settings_entry(loaded, len(ids) + step) | {"step": step} | changes_entry(loaded)}
     else:
         found, checkpoint = find_weights(model, patterns, regex)
+        said = {}
 
     from . import tensors
 
     if listing:
-        tensors.show_list(found, checkpoint, json)
+        tensors.show_list(found, checkpoint, json, said)
         return
     found = [values.part(slices) for values in found]
     if save:
@@ -92,11 +104,20 @@ def dump_tensor(
     elif image:
         tensors.save_image(image, found, force)
     elif stats:
-        tensors.show_statistics(found, json)
+        tensors.show_statistics(found, json, said)
     elif plot:
         tensors.show_plots(found, slices, header=not no_header)
     else:
-        tensors.show_values(found, checkpoint, layout, slices, raw=raw, header=not no_header, json=json)
+        tensors.show_values(found, checkpoint, layout, slices, raw=raw, header=not no_header, json=json, said=said)
+
+
+def refuse_changes(context: typer.Context, has_prompt: bool) -> None:
+    """Refuse a change of an activation on a command line that runs nothing."""
+    for name in () if has_prompt else CHANGING:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            option = "--map" if name == "map_file" else f"--{name}"
+            raise typer.BadParameter("has no meaning without a run; give --prompt or --prompt-ids", ctx=context, param_hint=option)
 
 
 def one_of(context: typer.Context, options: dict[str, Any]) -> None:
@@ -170,26 +191,32 @@ def find_weights(model: str, patterns: list[str], regex: bool) -> "tuple[list[Va
     return [known[name] for name in choose(patterns, regex, known, unknown)], checkpoint
 
 
-def find_activations(
-    model: str, prompt: str | list[int], step: int, patterns: list[str], regex: bool, listing: bool, running: dict[str, Any]
-) -> "list[Values]":
+def load_changed(
+    model: str, prompt: str | list[int], step: int, changes: "list[Change]", running: dict[str, Any]
+) -> "tuple[LoadedModel, list[int]]":
+    """The model, with these changes made where it runs, and the prompt's ids."""
+    from ..models.generation import encode_prompt
+    from .running import load
+
+    loaded = load(model, running, changes)
+    ids = encode_prompt(loaded, prompt)
+    return (loaded.changed(changes, len(ids), len(ids) + step) if changes else loaded), ids
+
+
+def find_activations(loaded: "LoadedModel", ids: list[int], step: int, patterns: list[str], regex: bool, listing: bool) -> "list[Values]":
     """The activations that the patterns mean, of a run over the prompt; where they are only to be listed, without their values."""
     import numpy as np
 
     from ..models.activations import record
-    from ..models.generation import encode_prompt
     from ..models.tensor_values import of_array, weights
-    from .running import load
 
     matches = [matcher(pattern, regex) for pattern in patterns]
-    loaded = load(model, running)
-    ids = encode_prompt(loaded, prompt)
     arrays, kinds = record(loaded, ids, lambda name: not listing and (not matches or any(match(name) for match in matches)), step)
 
     def unknown(pattern: str) -> ToyllmError:
         if any(map(matcher(pattern, regex), weights(loaded.checkpoint))):
             return ToyllmError(f"{pattern}: a weight, not an activation of a run: leave out the prompt")
-        return ToyllmError(f"{model}: no activation {pattern!r}; {nearest(pattern, kinds)}")
+        return ToyllmError(f"{loaded.files.name}: no activation {pattern!r}; {nearest(pattern, kinds)}")
 
     names = choose(patterns, regex, kinds, unknown)
     if listing:

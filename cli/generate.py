@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import output
+from .changing import CHANGING, changes_entry, read_changes
 from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
@@ -19,12 +20,13 @@ from .running import load, memory_told, mixture_rows, settings_entry, show_memor
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..models.changes import Change
     from ..models.chat import Conversation
     from ..models.generation import Event, Result, Settings, Token
     from ..models.model import Model as LoadedModel
 
 
-@takes(chatting=CHATTING, sampling=SAMPLING, running=RUNNING)
+@takes(chatting=CHATTING, sampling=SAMPLING, changing=CHANGING, running=RUNNING)
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -39,12 +41,16 @@ def generate(
     *,
     chatting: dict[str, Any],
     sampling: dict[str, Any],
+    changing: dict[str, Any],
     running: dict[str, Any],
 ) -> None:
     """Continue a prompt.
 
     The continuation streams to stdout; notes go to stderr. The defaults of temperature, top-k, top-p, min-p, the
     repetition penalty and max-tokens are the model's generation_config.json's where it has them.
+
+    Activations can be changed as they are computed: patched, then scaled, then added to, then ablated. Positions count from 0 over prompt
+    and continuation; negative ones count back from the prompt's end.
     """
     began = time.perf_counter()
     check_chat(context, chat)
@@ -56,13 +62,14 @@ def generate(
     logprobs = sampling["logprobs"]
     given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if json and logprobs is None else logprobs}
     check_bounds(given)
-    loaded = load(model, running)
+    changes = read_changes(context, changing)
+    loaded = load(model, running, changes)
     wanted = running["context_size"]
     with memory_told(loaded):
         if said:
-            plan = answer(cast("str", text_or_ids), begin(loaded, said, given, wanted))
+            plan = answer(cast("str", text_or_ids), begin(loaded.changed(changes) if changes else loaded, said, given, wanted))
         else:
-            plan = continuation(loaded, text_or_ids, not no_special, given, wanted)
+            plan = continuation(loaded, text_or_ids, not no_special, given, wanted, changes)
         loaded_at = time.perf_counter()
         if not json and plan.settings.temperature:
             output.say(f"seed {plan.settings.seed}")
@@ -93,8 +100,9 @@ def check_chat(context: typer.Context, chat: bool) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A generation that is about to run: the prompt's ids, the settings, the positions there are, and what it will bring."""
+    """A generation that is about to run: the model with its changes, the prompt's ids, settings, positions, and what it will bring."""
 
+    model: "LoadedModel"
     prompt: list[int]
     settings: "Settings"
     room: int
@@ -105,17 +113,21 @@ class Plan:
 def answer(question: str, conversation: "Conversation") -> Plan:
     """The plan to answer a conversation's first question."""
     events = conversation.ask(question)
-    return Plan(conversation.prompt, conversation.settings, conversation.context, events, conversation)
+    return Plan(conversation.model, conversation.prompt, conversation.settings, conversation.context, events, conversation)
 
 
-def continuation(loaded: "LoadedModel", prompt: str | list[int], special: bool, given: dict[str, Any], wanted: int | None) -> Plan:
+def continuation(
+    loaded: "LoadedModel", prompt: str | list[int], special: bool, given: dict[str, Any], wanted: int | None, changes: "list[Change]"
+) -> Plan:
     """The plan to continue a prompt in a context as wanted."""
     from ..models.generation import encode_prompt, generate, settings_for
 
     settings = settings_for(loaded.defaults, loaded.config, given)
     ids = encode_prompt(loaded, prompt, special)
     room = loaded.context_for(wanted)
-    return Plan(ids, settings, room, generate(loaded, ids, settings, room))
+    if changes:
+        loaded = loaded.changed(changes, len(ids), max(len(ids), min(len(ids) + settings.max_tokens, room)))
+    return Plan(loaded, ids, settings, room, generate(loaded, ids, settings, room))
 
 
 @dataclass
@@ -188,7 +200,7 @@ def document(loaded: "LoadedModel", plan: Plan, run: Run, timings: dict[str, flo
         "finish_reason": run.result.finish_reason,
         "usage": {"prompt_tokens": len(plan.prompt), "completion_tokens": run.result.completion_tokens},
         "timings": timings,
-        "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | said,
+        "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | changes_entry(plan.model) | said,
         **messages,
     }
 

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..kernels.errors import OutOfMemory
 from . import output
+from .changing import check_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from ..models.changes import Change
     from ..models.memory import Allocation
     from ..models.model import Model
 
@@ -26,12 +28,13 @@ LOADING = (
 )
 
 
-def load(name: str, running: dict[str, Any]) -> "Model":
-    """The model, with the options of `options.RUNNING`."""
+def load(name: str, running: dict[str, Any], changes: "Sequence[Change]" = ()) -> "Model":
+    """The model, with the options of `options.RUNNING`; one that does not have what `changes` mean is not read ahead."""
     from ..models.model import load as load_model
     from ..models.preload import read_ahead
 
     loaded = load_model(name, **{key: running[key] for key in LOADING})
+    check_names(loaded, changes)
     if not running["no_preload"]:
         with output.byte_bar(f"reading {name}") as progress:
             read_ahead(loaded.checkpoint.shards, progress)

@@ -11,6 +11,7 @@ import typer
 
 from . import output
 from .against import COMPARING, read_options
+from .changing import CHANGING, changes_entry, read_changes
 from .generate import finite, token_text
 from .options import DEFAULT_MODEL, RUNNING, Group, Json, Model, PromptIds, Stats, number, option, takes
 from .prompt import read_file, read_prompt, read_stdin
@@ -20,6 +21,7 @@ from .surprise import coloured, rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ..models.changes import Change
     from ..models.model import Model as LoadedModel
     from ..models.score import Comparison, Figures, Scores, Text, Token
 
@@ -33,7 +35,7 @@ WINDOWS: Group = {
 }
 
 
-@takes(windows=WINDOWS, running=RUN, comparing=COMPARING)
+@takes(windows=WINDOWS, changing=CHANGING, running=RUN, comparing=COMPARING)
 def score(
     context: typer.Context,
     file: Annotated[
@@ -50,6 +52,7 @@ def score(
     json: Json = False,
     *,
     windows: dict[str, Any],
+    changing: dict[str, Any],
     running: dict[str, Any],
     comparing: dict[str, Any],
 ) -> None:
@@ -64,17 +67,22 @@ def score(
 
     Beside another run: KL(P||Q) of this run's distributions P to the other's Q, in nats a token, and how often both find the same token
     likeliest.
+
+    Activations can be changed as they are computed: patched, then scaled, then added to, then ablated. So they are in both runs, unless
+    the other has options of its own; with "" as options it is the model as it is. Positions count from 0 in each window.
     """
     began = time.perf_counter()
     given = read_text(context, file, prompt, prompt_ids)
     against, against_options = comparing["against"], comparing["against_options"]
-    others = running if against_options is None else read_options(context, "--against-options", against_options, RUN)
-    loaded = load(model, running)
-    other = load(against or model, others) if against is not None or against_options is not None else None
+    asked = running | changing
+    others = asked if against_options is None else read_options(context, "--against-options", against_options, RUN | CHANGING)
+    changes = read_changes(context, asked), read_changes(context, others)
+    loaded = load(model, asked, changes[0])
+    other = load(against or model, others, changes[1]) if against is not None or against_options is not None else None
 
     from ..models.generation import clock
 
-    run = plan(loaded, other, given, not no_special, bos, windows)
+    run = plan((loaded, other), changes, given, not no_special, bos, windows)
     loaded_s, cold = time.perf_counter() - began, clock()
     painting = not (json or summary or top) and output.colours(sys.stdout)
     with nullcontext(ignore) if painting else output.token_bar(f"scoring with {model}") as progress:
@@ -152,14 +160,22 @@ class Run:
 
 
 def plan(
-    loaded: "LoadedModel", other: "LoadedModel | None", given: str | list[int], special: bool, bos: bool, windows: dict[str, Any]
+    models: "tuple[LoadedModel, LoadedModel | None]",
+    changes: "tuple[list[Change], list[Change]]",
+    given: str | list[int],
+    special: bool,
+    bos: bool,
+    windows: dict[str, Any],
 ) -> Run:
-    """A run that is about to begin, checked."""
+    """A run that is about to begin, checked; each model with its changes."""
     from ..models.score import encode_text, window_sizes
 
-    text = encode_text(loaded, given, special, bos)
-    context, stride = window_sizes([model for model in (loaded, other) if model], windows["context_size"], windows["stride"])
-    return Run(loaded, other, text, context, stride, [])
+    text = encode_text(models[0], given, special, bos)
+    context, stride = window_sizes([model for model in models if model], windows["context_size"], windows["stride"])
+    T = len(text.ids)
+    positions = T if context >= T else None, min(T, context)
+    loaded, other = (model.changed(made, *positions) if model and made else model for model, made in zip(models, changes, strict=True))
+    return Run(loaded or models[0], other, text, context, stride, [])
 
 
 def scored(run: Run, top: int, progress: "Callable[[int, int], None]") -> "Iterator[list[Token]]":
@@ -198,7 +214,7 @@ def document(run: Run, timings: dict[str, float | None]) -> dict[str, Any]:
     from ..models.score import comparison, figures
 
     def settings(model: "LoadedModel") -> dict[str, Any]:
-        return settings_entry(model, run.context) | {"stride": run.stride}
+        return settings_entry(model, run.context) | {"stride": run.stride} | changes_entry(model)
 
     against = {}
     if run.other:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 BATCH = 2**16  # characters written at a time
 
 
-def show_list(tensors: Sequence[Values], checkpoint: "Checkpoint | None", json: bool) -> None:
-    """A row a tensor; of weights with the file each is in. Decoded MXFP4 weights are no bytes of their own."""
+def show_list(tensors: Sequence[Values], checkpoint: "Checkpoint | None", json: bool, said: dict[str, Any]) -> None:
+    """A row a tensor; of weights with the file each is in. Decoded MXFP4 weights are no bytes of their own. JSON begins with `said`."""
     stored = checkpoint.tensors if checkpoint else {}
     shards = {name: tensor.path.name for name, tensor in stored.items()}
     if json:
         shard_of = [{"shard": shards.get(values.name)} if checkpoint else {} for values in tensors]
-        output.write_json("dump-tensor", {"tensors": [describe(v) | shard for v, shard in zip(tensors, shard_of, strict=True)]})
+        output.write_json("dump-tensor", said | {"tensors": [describe(v) | shard for v, shard in zip(tensors, shard_of, strict=True)]})
         return
     rows = []
     for values in tensors:
@@ -48,12 +48,13 @@ def show_values(
     raw: bool,
     header: bool,
     json: bool,
+    said: dict[str, Any],
 ) -> None:
     """The values, cut to the ends of their axes where there are many, each tensor under a line of facts."""
     threshold = None if settings["full"] else settings["threshold"]
     layout = Layout(settings["edge_items"], settings["precision"], threshold, settings["scientific"])
     if json:
-        output.write_json("dump-tensor", {"tensors": [document(values, checkpoint, layout, raw) for values in tensors]})
+        output.write_json("dump-tensor", said | {"tensors": [document(values, checkpoint, layout, raw) for values in tensors]})
         return
     for number, values in enumerate(tensors):
         output.write("\n" if number else "")
@@ -102,7 +103,7 @@ def summary(found: Statistics) -> list[tuple[str, str]]:
     return [*numbers, ("zeros", share), ("NaN", f"{found.nan:,}"), ("Inf", f"{found.inf:,}")]
 
 
-def show_statistics(tensors: Sequence[Values], json: bool) -> None:
+def show_statistics(tensors: Sequence[Values], json: bool, said: dict[str, Any]) -> None:
     """A row a tensor, with a bar on stderr while many bytes are read."""
     found = []
     total = sum(values.size * values.dtype.itemsize for values in tensors)
@@ -117,7 +118,7 @@ def show_statistics(tensors: Sequence[Values], json: bool) -> None:
             describe(values) | {"selected": list(values.shape), "statistics": describe_statistics(of)}
             for values, of in zip(tensors, found, strict=True)
         ]
-        output.write_json("dump-tensor", {"tensors": entries})
+        output.write_json("dump-tensor", said | {"tensors": entries})
         return
     rows = [(v.name, v.kind, str(list(v.shape)), *(text for _, text in summary(of))) for v, of in zip(tensors, found, strict=True)]
     output.table(("name", "dtype", "shape", "min", "max", "mean", "std", "zeros", "NaN", "Inf"), rows, right=range(3, 10))

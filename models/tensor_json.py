@@ -6,7 +6,8 @@
 
 `dtype` is safetensors' name or "MXFP4"; `shape` and `bytes` are the whole tensor's, `selected` is the shape of the slice. JSON has no NaN:
 "NaN", "Infinity" and "-Infinity" are strings, as float() in Python and Number() in JavaScript read them. Bits are strings, "0x3f80"; in
-place of `values`, MXFP4 has `blocks`: [{"index", "first", "part", "scale", "codes"}], null where an axis is cut.
+place of `values`, MXFP4 has `blocks`: [{"index", "first", "part", "scale", "codes"}], null where an axis is cut. Of a run there are also
+`settings`, before the tensors: model, backend and the like, the decode `step`, and the `changes` that were made.
 """
 
 import itertools

@@ -48,8 +48,9 @@ class Scripted:
     """
 
     vocab_size = 280
-    prefill_chunk, cache_dtype, threads = 512, "f32", 1
-    kernels = SimpleNamespace(name="numpy", mixing=SimpleNamespace(algorithm="auto", ratio=1.0, ran={"single"}, dropped=0))
+    prefill_chunk, cache_dtype, threads, changes = 512, "f32", 1, None
+    mixing = SimpleNamespace(algorithm="auto", ratio=1.0, ran={"single"}, dropped=0)
+    kernels = SimpleNamespace(name="numpy", activations="f32", mixing=mixing)
 
     def __init__(self, *answers: str, context: int = 4096, interrupt: int | None = None, pause: float = 0) -> None:
         self.tokenizer = tokenizer()
@@ -84,5 +85,5 @@ if __name__ == "__main__":
 
     model = Scripted(*json.loads(sys.argv.pop(1)), pause=0.01)
     for command in (running, chat, generate):
-        command.load = lambda name, options: model
+        command.load = lambda name, options, changes=(): model
     main()

@@ -40,7 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def script(*answers: str, **options: Any) -> Any:
         model = harmony_model["Scripted"](*answers, **options)
         for module in (chat, generate):
-            monkeypatch.setattr(module, "load", lambda name, options: model)
+            monkeypatch.setattr(module, "load", lambda name, options, changes=(): model)
         return model
 
     return script
@@ -405,3 +405,11 @@ def test_chat_is_no_burden_to_other_commands() -> None:
         "import sys; import toyllm.cli.main; print(*sorted({'numpy', 'tokenizers', 'readline', 'toyllm.models.chat'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_an_answer_can_be_changed_but_has_no_prompt_to_count_back_from(toyllm: Any, folder: str) -> None:
+    asked = ("generate", "--chat", "Hello", "-m", folder, "--max-tokens", "4", "--json")
+    found = json.loads(toyllm(*asked, "--patch", "logits=0", "--add", "logits[:, 99]=1e4").out)
+    assert [token["id"] for token in found["tokens"]] == [99] * 4
+    assert [change["kind"] for change in found["settings"]["changes"]] == ["patch", "add"]
+    assert "here is none: count from 0" in toyllm(*asked, "--ablate", "embed[-1]").error

@@ -57,8 +57,7 @@ def card(
     """Show an algorithm as a card: shape-annotated pseudocode with the model's sizes, and what it costs. No weight is read.
 
     A FILE.card is checked, and shown in the canonical form; what is wrong in it is told with line and column.
-    With --emit the whole model becomes a script. With --check cards run on the weights, step by step against the engine: exit code 3
-    where they depart from it.
+    A whole model's can be written as a script, or run on its weights, step by step against the engine: exit code 3 where they depart.
     """
     others = {"--config": config, "--full": full, "--list": listing, "--input": inputs, "--group": group}
     if any(emitting.values()):

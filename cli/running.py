@@ -8,6 +8,7 @@ from . import output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from ..models.memory import Allocation
     from ..models.model import Model
@@ -22,6 +23,7 @@ LOADING = (
     "exact",
     "activations",
     "attention",
+    "weights",
     "poison_cache",
 )
 
@@ -31,11 +33,13 @@ def load(name: str, running: dict[str, Any]) -> "Model":
     from ..models.model import load as load_model
     from ..models.preload import read_ahead
 
-    loaded = load_model(name, **{key: running[key] for key in LOADING})
-    if not running["no_preload"]:
-        with output.byte_bar(f"reading {name}") as progress:
-            read_ahead(loaded.checkpoint.shards, progress)
-    return loaded
+    def preload(shards: "tuple[Path, ...]") -> None:
+        if not running["no_preload"]:
+            with output.byte_bar(f"reading {name}") as progress:
+                read_ahead(shards, progress)
+
+    with output.byte_bar(f"quantising {name}") as progress:
+        return load_model(name, **{key: running[key] for key in LOADING}, preload=preload, progress=progress)
 
 
 def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
         "threads": loaded.threads,
         "backend": loaded.kernels.name,
         "activations": loaded.kernels.activations,
+        "weights": loaded.kernels.weights,
         "moe": loaded.kernels.mixing.algorithm,
         "tokens_per_expert_ratio": loaded.kernels.mixing.ratio,
     }
@@ -68,9 +73,10 @@ def memory_lines(pieces: "Iterable[Allocation]") -> list[str]:
         return f"{nbytes:,}" if nbytes else "-"
 
     pieces = tuple(pieces)
-    rows = [(part, *(cell(sizes.get(kind)) for kind in KINDS), status) for part, sizes, status in memory_rows(pieces)]
-    rows.append(("total", *(f"{total(pieces, kind):,}" for kind in KINDS), ""))
-    return output.table_lines(("memory", *KINDS, "status"), rows, right=(1, 2, 3, 4))
+    kinds = [kind for kind in KINDS if kind != "quantised" or total(pieces, kind)]
+    rows = [(part, *(cell(sizes.get(kind)) for kind in kinds), status) for part, sizes, status in memory_rows(pieces)]
+    rows.append(("total", *(f"{total(pieces, kind):,}" for kind in kinds), ""))
+    return output.table_lines(("memory", *kinds, "status"), rows, right=range(1, len(kinds) + 1))
 
 
 def show_memory(loaded: "Model", room: int) -> None:

@@ -42,13 +42,16 @@ class Engine(Protocol):
 
 
 class Toyllm:
-    """The Python API, `toyllm.load(**options)`."""
+    """The Python API, `toyllm.load(**options)`; the option "round_as" "llama.cpp" is for comparing, and slow."""
 
     def __init__(self, model: str, threads: int, options: dict[str, Any]) -> None:
         import toyllm
         from toyllm.kernels.threads import threading_layer
 
+        rounding = options.pop("round_as", None)
         self.model = toyllm.load(model, threads=threads, **options)
+        if rounding == "llama.cpp":
+            self.model.kernels = rounding_as_llama_cpp(self.model.kernels)
         self.cache = self.model.new_cache(ROOM)
         self.vocabulary = self.model.vocab_size
         self.out = np.empty((1, self.vocabulary), np.float32)
@@ -64,6 +67,30 @@ class Toyllm:
 
     def logits(self) -> np.ndarray:
         return self.out[0]
+
+
+def rounding_as_llama_cpp(kernels: Any) -> Any:
+    """toyllm's kernels behind llama.cpp's roundings of activations.
+
+    To bf16 before matrices in bf16, but for the router, which its files have in f32; before MXFP4 to 8 bits
+    in blocks of 32 with a scale in f16.
+    """
+    from dataclasses import replace
+
+    from toyllm.kernels.dtypes import BF16, to_bf16, widen
+
+    def matmul(x, w, *others) -> None:
+        router = w.shape[1] <= 128  # experts; no other matrix has so few outputs
+        kernels.matmul(widen(to_bf16(x)) if w.dtype == BF16 and not router else x, w, *others)
+
+    def matmul_mxfp4(x, *others) -> None:
+        blocks = x.reshape(len(x), -1, 32)
+        scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+        codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+        rounded = codes * scale.astype(np.float16).astype(np.float32)
+        kernels.matmul_mxfp4(rounded.reshape(x.shape), *others)
+
+    return replace(kernels, matmul=matmul, matmul_mxfp4=matmul_mxfp4, fused=False)
 
 
 class LlamaCpp:

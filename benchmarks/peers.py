@@ -143,18 +143,23 @@ class Worker:
         self.process.communicate()
 
 
+def start(model: Model, runner: Runner, options: argparse.Namespace, log: Path) -> Worker:
+    """A runner's worker. Raises ToyllmError, OSError."""
+    checkpoint, gguf = make(model, options.folder)
+    python = sys.executable if runner.engine == "toyllm" else options.peers
+    return Worker(python, runner, gguf if runner.engine == "llama.cpp" else checkpoint, options.threads, log)
+
+
 @contextlib.contextmanager
 def started(model: Model, options: argparse.Namespace, left_out: list[str], scratch: Path) -> Iterator[dict[str, Worker]]:
     """The workers of a model's runners, by name; those that do not start are left out, but for toyllm."""
-    checkpoint, gguf = make(model, options.folder)
+    make(model, options.folder)
     workers: dict[str, Worker] = {}
     try:
         for n, runner in enumerate(model.runners):
-            python = sys.executable if runner.engine == "toyllm" else options.peers
             say(f"{model.name}: {runner.name}")
             try:
-                file = gguf if runner.engine == "llama.cpp" else checkpoint
-                workers[runner.name] = Worker(python, runner, file, options.threads, scratch / f"{n}.log")
+                workers[runner.name] = start(model, runner, options, scratch / f"{n}.log")
             except (ToyllmError, OSError) as error:
                 if runner is model.runners[0]:
                     raise
@@ -166,27 +171,42 @@ def started(model: Model, options: argparse.Namespace, left_out: list[str], scra
             worker.stop()
 
 
-def agreement(model: Model, workers: dict[str, Worker], scratch: Path) -> list[dict[str, Any]]:
-    """Each runner's logits held against the first one's."""
-    logits = {}
-    for name, worker in workers.items():
-        file = scratch / "logits.npy"
-        worker.ask(CHECKED | {"save": str(file)})
-        logits[name] = np.load(file)
-    ours = logits.pop(model.runners[0].name)
-    found = []
-    for runner in model.runners:
-        if (theirs := logits.get(runner.name)) is not None:
-            errors = np.abs(ours - theirs).max(1) / np.abs(ours).max(1)
-            same = int((ours.argmax(1) == theirs.argmax(1)).sum())
-            entry = {"name": runner.name, "error": float(np.median(errors)), "largest": float(errors.max()), "tolerance": runner.tolerance}
-            found.append(entry | {"same": same, "positions": len(ours)})
+def logits_of(worker: Worker, scratch: Path) -> np.ndarray:
+    """f32 [tokens + 1, V] behind the prompt of CHECKED and each step."""
+    file = scratch / "logits.npy"
+    worker.ask(CHECKED | {"save": str(file)})
+    return np.load(file)
+
+
+def compare(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float | None) -> dict[str, Any]:
+    """An engine's logits held against toyllm's."""
+    errors = np.abs(ours - theirs).max(1) / np.abs(ours).max(1)
+    found = {"name": name, "error": float(np.median(errors)), "largest": float(errors.max()), "tolerance": tolerance}
+    return found | {"same": int((ours.argmax(1) == theirs.argmax(1)).sum()), "positions": len(ours)}
+
+
+def agreement(model: Model, workers: dict[str, Worker], options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Each runner's logits held against the first one's, and what else shows that the model is the same."""
+    toyllm, *others = model.runners
+    ours, found = logits_of(workers[toyllm.name], scratch), []
+    for runner in others:
+        if runner.name in workers:
+            found.append(compare(runner.name, ours, logits_of(workers[runner.name], scratch), runner.tolerance))
+            if check := runner.check:
+                pair = []
+                for each, settings in ((toyllm, check.ours), (runner, check.theirs)):
+                    worker = start(model, replace(each, options=settings), options, scratch / "check.log")
+                    try:
+                        pair.append(logits_of(worker, scratch))
+                    finally:
+                        worker.stop()
+                found.append(compare(check.how, *pair, check.tolerance))
     return found
 
 
 def differs(entry: dict[str, Any]) -> bool:
     """Whether an engine has shown that it computes another model; NaN is no agreement."""
-    return not entry["error"] <= entry["tolerance"]
+    return entry["tolerance"] is not None and not entry["error"] <= entry["tolerance"]
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------------------
@@ -237,7 +257,7 @@ def time_model(model: Model, works: Works, memory: np.ndarray, options: argparse
     with tempfile.TemporaryDirectory() as scratch, started(model, options, left_out, Path(scratch)) as workers:
         say("the same logits?")
         document: dict[str, Any] = {"name": model.name, "title": model.title, "works": []}
-        document["agreement"] = agreement(model, workers, Path(scratch))
+        document["agreement"] = agreement(model, workers, options, Path(scratch))
         document["engines"] = {r.engine: workers[r.name].about for r in reversed(model.runners) if r.name in workers}
         if any(map(differs, document["agreement"])):
             return document
@@ -349,7 +369,7 @@ def parse() -> argparse.Namespace:
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, found {options.rounds}")
     if not any((*selected(options), chosen("start", options), chosen("kernels", options))):
-        names = ", ".join(f"{model.name}, {work.name}" for model in MODELS for work in model.works)
+        names = "; ".join(f"{model.name}, {work.name}" for model in MODELS for work in model.works)
         parser.error(f"--only: nothing has {' and '.join(options.only)} in its name; there are: {names}; start; kernels")
     return options
 
@@ -357,13 +377,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     try:
+        for path, begins in ((options.results, report.TITLE), (options.json, report.JSON)):
+            if path:
+                report.check_replaceable(path, begins)
         document = run(options)
         page = report.markdown(document)
-        print(page, end="")
         if options.results:
-            report.write_page(options.results, page)
+            before = options.results.read_text(encoding="utf-8") if options.results.exists() else ""
+            report.replace(options.results, report.with_notes(page, before))
         if options.json:
-            options.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            report.replace(options.json, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        print(page, end="", flush=True)
     except (ToyllmError, ModuleNotFoundError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

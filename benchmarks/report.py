@@ -12,6 +12,7 @@ from typing import Any
 SCHEMA = "toyllm.peers/1"
 TITLE = "# Peers side by side\n"
 QUIET = 0.1  # of one processor, for other processes
+JSON = f'{{\n "schema": "{SCHEMA}"'  # how the document begins, as indented by 1
 NOTES = "## Notes\n"  # what people write themselves begins here, and is kept
 
 
@@ -97,11 +98,16 @@ def model_part(model: dict[str, Any]) -> str:
     if model["agreement"]:
         text += "\nThe same model: logits behind a prompt and 24 steps, against toyllm's, error max|a − b| / max|b|:\n\n"
         checks = (
-            (a["name"], f"{a['error']:.1e}", f"{a['tolerance']:.0e}", f"{a['largest']:.1e}", f"{a['same']} of {a['positions']}")
+            (a["name"], f"{a['error']:.1e}", allowed(a), f"{a['largest']:.1e}", f"{a['same']} of {a['positions']}")
             for a in model["agreement"]
         )
         text += table("engine, >median error, >allowed, >largest error, >same best token", checks)
     return text
+
+
+def allowed(entry: dict[str, Any]) -> str:
+    """The tolerance of a comparison; one without is decided by the line behind it."""
+    return "see below" if entry["tolerance"] is None else f"{entry['tolerance']:.0e}"
 
 
 def goal_part(goals: list[dict[str, Any]]) -> str:
@@ -180,12 +186,22 @@ def kernel_table(kernels: list[dict[str, Any]]) -> str:
     return table("kernel, >time, >speed, >of a plain read", rows)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write the page, keeping the notes of the one that is there. Raises ValueError where another file is."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if before and not before.startswith(TITLE):
-        raise ValueError(f"{path} is no page of results; name another file")
-    _, marker, notes = before.partition(f"\n{NOTES}")
+def check_replaceable(path: Path, begins: str) -> None:
+    """Raise ValueError where `path` cannot be written, or is there and is not what an earlier run wrote."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(begins):
+        raise ValueError(f"{path}: not written by this command; name another file")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     written = path.with_name(f".{path.name}.writing")
-    written.write_text(text + (marker + notes if marker else ""), encoding="utf-8")
+    written.write_text(text, encoding="utf-8")
     written.replace(path)
+
+
+def with_notes(text: str, before: str) -> str:
+    """The page, and behind it the notes of the one that was there before."""
+    _, marker, notes = before.partition(f"\n{NOTES}")
+    return text + marker + notes

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .language import (
@@ -13,6 +13,7 @@ from .language import (
     Name,
     Node,
     Power,
+    Range,
     Type,
     expression,
     moved,
@@ -49,7 +50,7 @@ class Names:
     plain: frozenset[str]
     families: dict[str, Family]
 
-    @property
+    @cached_property
     def wholes(self) -> dict[str, str]:
         """The family that a name means as a whole: `Y` is all of `Y^·`."""
         return {re.sub(r"[_^]·", "", name): name for name in self.families if name.count("·") == 1}
@@ -98,7 +99,7 @@ def family_of(node: Node, indices: set[str]) -> tuple[str, Family] | None:
 def resolve(node: Node, names: Names) -> Node:
     """The node with every scripted name as what it is: a name, a member of a family, an index, or a power."""
     if isinstance(node, Name | Power) and (found := scripted(node)) is not None:
-        if spelled_out(*found) in names.plain:
+        if spelled_out(*found) in names.plain or spelled_out(*found) in names.wholes:
             return Name(spelled_out(*found), at=node.at)
         if member := member_of(*found, names):
             return replace(member, indices=tuple(resolve(i, names) for i in member.indices), at=node.at)
@@ -117,6 +118,13 @@ def resolved(value: Any, names: Names) -> Any:
     if isinstance(value, Node):
         return resolve(value, names)
     return tuple(resolved(item, names) for item in value) if isinstance(value, tuple) else value
+
+
+def resolve_type(kind: Type, names: Names) -> Type:
+    """A type whose sizes and ends are resolved."""
+    ranges = tuple(Range(r.index, resolve(r.first, names), resolve(r.last, names)) for r in kind.ranges)
+    first, last = (end and resolve(end, names) for end in (kind.first, kind.last))
+    return replace(kind, sizes=resolved(kind.sizes, names), first=first, last=last, ranges=ranges)
 
 
 def member_of(root: str, scripts: tuple[Script, ...], names: Names) -> Member | None:
@@ -141,6 +149,13 @@ class Declared:
     type: Type
     declaration: Declaration
     tensor: tuple[str | Node, ...] | None = None
+
+
+def counted(declared: Declared) -> tuple[str, ...]:
+    """The indices of a family, in the order in which its name has them."""
+    indices = {r.index for r in declared.type.ranges}
+    _, scripts = scripted(expression(declared.name)) or ("", ())
+    return tuple(s.text for s in scripts if s.text in indices)
 
 
 @dataclass(frozen=True)
@@ -217,10 +232,16 @@ def program(card: Card) -> Program:
     outputs = tuple(read_declared(card.outputs))
     params = tuple(read_declared(card.params))
     by_name = {(family_of(expression(d.name), {r.index for r in d.type.ranges}) or (d.name,))[0]: d for d in params}
-    names = names_of_card(card, inputs, params)
+    names = names_of_card(card, inputs, outputs, params)
     known = {d.name for d in inputs} | {h.name for h in card.hypers}
     letters = tuple(dict.fromkeys(n for d in inputs for n in letters_of(d.type) if n not in known))
     made = Program(card, inputs, outputs, by_name, names, letters)
+    made = replace(
+        made,
+        inputs=tuple(replace(d, type=resolve_type(d.type, names)) for d in inputs),
+        outputs=tuple(replace(d, type=resolve_type(d.type, names)) for d in outputs),
+        params={name: replace(d, type=resolve_type(d.type, names)) for name, d in by_name.items()},
+    )
     steps = list(card.steps)
     return replace(made, body=tuple(read_block(steps, names)))
 
@@ -238,10 +259,10 @@ def letters_of(kind: Type) -> Iterator[str]:
     yield from (node.name for size in kind.sizes for node in walk(size) if isinstance(node, Name))
 
 
-def names_of_card(card: Card, inputs: tuple[Declared, ...], params: tuple[Declared, ...]) -> Names:
+def names_of_card(card: Card, inputs: tuple[Declared, ...], outputs: tuple[Declared, ...], params: tuple[Declared, ...]) -> Names:
     """What the scripts of a card's names mean: by its declarations, its steps, and the letters in its shapes."""
     plain = {d.name for d in inputs} | {h.name for h in card.hypers}
-    plain |= {letter for d in inputs for letter in letters_of(d.type)}
+    letters = [letter for d in (*inputs, *outputs) for letter in letters_of(d.type)]
     families: dict[str, Family] = {}
 
     def add(node: Node, indices: set[str]) -> None:
@@ -264,7 +285,10 @@ def names_of_card(card: Card, inputs: tuple[Declared, ...], params: tuple[Declar
         elif step.kind in ("bind", "update"):
             for target in targets_of(step):
                 add(base_of(target), loops)
-        plain |= {letter for t, place in step.places() for letter in letters_of(type_of(t, place))}
+        letters += [letter for t, place in step.places() for letter in letters_of(type_of(t, place))]
+    for letter in letters:
+        if isinstance(resolve(Name(letter), Names(frozenset(plain), families)), Name):  # and not such as w_ℓ, an entry of w
+            plain.add(letter)
     return Names(frozenset(plain), families)
 
 
@@ -313,7 +337,7 @@ def read_choice(step: Step, steps: list[Step], names: Names) -> Choice:
 
 def read_assign(step: Step, names: Names) -> Assign:
     """A bind or an update."""
-    types = tuple(type_of(t, place) for t, place in step.places())
+    types = tuple(resolve_type(type_of(t, place), names) for t, place in step.places())
     taps = tuple(template(t, step.targets) if t else None for t in step.taps) or (None,) * len(step.variables)
     targets = tuple(resolve(target, names) for target in targets_of(step))
     return Assign(step, targets, resolve(expression(step.expression, step.place), names), types, taps)

@@ -5,6 +5,8 @@ Reading is work on lines alone. Expressions stay strings, in their canonical spe
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from .structure import (
     Card,
@@ -87,9 +89,8 @@ def margin_text(step: Step) -> str:
     """What stands to the right of a step: shapes, note, names of activations."""
     if step.kind == "comment":
         return ""
-    shapes = ", ".join(f"{v} ∈ {s}" for v, s in zip(step.variables, step.shapes, strict=True)) if step.shapes else ""
-    if len(set(step.shapes)) == 1:
-        shapes = f"{', '.join(step.variables)} ∈ {step.shapes[0]}"
+    grouped = groupby(zip(step.shapes, step.variables, strict=False), key=itemgetter(0))
+    shapes = ", ".join(f"{', '.join(v for _, v in same)} ∈ {shape}" for shape, same in grouped)
     taps = f"[{', '.join(tap or '-' for tap in step.taps)}]" if step.taps else ""
     note = " ".join(filter(None, (step.note, taps)))
     return "   ".join(filter(None, (shapes, f"▷ {note}" if note else "")))

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -119,6 +118,8 @@ def telling(status: Callable[[str], None], test: "Test") -> "Tell":
 
 def setting(made: "Bench", tests: "Sequence[Test]", repetitions: int) -> dict[str, Any]:
     """What was measured, on what, and how, as the JSON document has it."""
+    from importlib.metadata import version  # costs every other command 30 ms
+
     from .. import __version__
     from ..kernels.host import processor
     from ..kernels.threads import physical_cores, threading_layer

@@ -10,8 +10,10 @@ from typer.main import get_command
 from ..kernels.errors import ToyllmError
 from . import output
 from .bench import bench
+from .card import card
 from .chat import chat
 from .check import check
+from .compare import compare
 from .cut import cut
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
@@ -56,7 +58,7 @@ def root(
     output.show_notes()
 
 
-for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, score, check, cut, bench, pull):
+for command in (generate, chat, tokenize, detokenize, models, params, dump_tensor, card, score, compare, check, cut, bench, pull):
     app.command()(command)
 
 
@@ -90,7 +92,10 @@ def run(arguments: list[str]) -> int:
         give_up_stdout()
         if os.environ.get("TOYLLM_DEBUG"):
             raise
-        return fail(str(error), FAILED)
+        fail(str(error), FAILED)
+        if excerpt := getattr(error, "excerpt", ""):  # the place in a file that a CardError points at
+            output.say(output.printable(excerpt))
+        return FAILED
 
 
 def origin(error: Any) -> str:

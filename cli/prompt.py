@@ -19,7 +19,9 @@ def read_file(name: str) -> str:
     try:
         return decode(name, Path(name).read_bytes())
     except OSError as error:
-        raise ToyllmError(f"{name}: cannot be read ({error.strerror or error}); expected a text file; - is stdin, --prompt takes a text itself") from error
+        raise ToyllmError(
+            f"{name}: cannot be read ({error.strerror or error}); expected a text file; - is stdin, --prompt takes a text itself"
+        ) from error
 
 
 def decode(where: str, data: bytes) -> str:

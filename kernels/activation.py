@@ -46,8 +46,7 @@ def _gelu_new_one(x):
 @kernel(parallel=True)
 def _gelu_new_many(x):
     for strip in prange((x.shape[0] + STRIP - 1) // STRIP):
-        for i in range(strip * STRIP, min((strip + 1) * STRIP, x.shape[0])):
-            x[i] = _gelu_new(x[i])
+        _gelu_new_one(x[strip * STRIP : min((strip + 1) * STRIP, x.shape[0])])  # over its own array, a loop that LLVM makes vectors of
 
 
 @kernel(parallel=True)

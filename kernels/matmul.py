@@ -48,6 +48,7 @@ STRIP = 4096  # columns of a strip at most: its sums stay in the first-level cac
 SHARE = 3 if WIDE else 2  # rows of x that share a run
 TOGETHER = 48  # rows of x whose sums stay in the second-level cache, by input
 STRAIGHT = 48  # rows of x for which weights are not worth expanding, by output
+PORTABLE_STRIP = 512  # columns of a strip of the portable kernel
 OUTPUTS = 32  # rows expanded together, by output
 AHEAD_BYTES = 8192
 
@@ -178,31 +179,41 @@ def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarra
         _many_by_output(x, w.T, bias, out, panels)
 
 
+@inline
+def _dot(x, w):
+    total = np.float32(0)
+    for k in range(len(x)):  # over arrays of its own, a loop that LLVM makes vectors of
+        total += x[k] * value(w[k])
+    return total
+
+
+@inline
+def _add_row(x, w, y):
+    for j in range(len(y)):
+        y[j] += x * value(w[j])
+
+
 @kernel(parallel=True)
 def _portable_by_output(x, w, bias, out):
     """W [N, K], plain loops: the twin that any processor, the bounds checker and plain Python run."""
     for j in prange(w.shape[0]):
         for m in range(x.shape[0]):
-            total = np.float32(0)
-            for k in range(w.shape[1]):
-                total += x[m, k] * value(w[j, k])
-            out[m, j] = total
-            if bias.size:
-                out[m, j] += bias[j]
+            total = _dot(x[m], w[j])
+            out[m, j] = total + bias[j] if bias.size else total
 
 
 @kernel(parallel=True)
 def _portable_by_input(x, w, bias, out):
     """W [K, N], plain loops over strips of columns."""
     K, N = w.shape
-    for strip in prange((N + 63) // 64):
-        first, last = strip * 64, min(strip * 64 + 64, N)
+    strips = (N + PORTABLE_STRIP - 1) // PORTABLE_STRIP
+    for strip in prange(strips):
+        first, last = strip * PORTABLE_STRIP, min((strip + 1) * PORTABLE_STRIP, N)
         for m in range(x.shape[0]):
-            for j in range(first, last):
-                out[m, j] = 0
+            y = out[m, first:last]
+            y[:] = 0
             for k in range(K):
-                for j in range(first, last):
-                    out[m, j] += x[m, k] * value(w[k, j])
+                _add_row(x[m, k], w[k, first:last], y)
             if bias.size:
                 for j in range(first, last):
                     out[m, j] += bias[j]

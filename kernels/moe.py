@@ -75,17 +75,23 @@ def swiglu_reference(h: np.ndarray, limit: float, alpha: float) -> np.ndarray:
 
 
 @kernel(strict=True)
+def _swiglu_row(h, limit, alpha, out):
+    for i in range(out.shape[0]):
+        out[i] = _swiglu(h[2 * i], h[2 * i + 1], limit, alpha)
+
+
+@kernel(parallel=True, strict=True)
 def _swiglu_rows(h, limit, alpha, out):
-    for n in range(h.shape[0]):
-        for i in range(out.shape[1]):
-            out[n, i] = _swiglu(h[n, 2 * i], h[n, 2 * i + 1], limit, alpha)
+    for n in prange(h.shape[0]):
+        _swiglu_row(h[n], limit, alpha, out[n])
 
 
-@kernel(strict=True)
+@kernel(parallel=True, strict=True)
 def _add_weighted(y, tokens, weights, out):
-    for n in range(y.shape[0]):
+    for n in prange(y.shape[0]):  # an expert's tokens are different ones
+        row = out[tokens[n]]
         for i in range(y.shape[1]):
-            out[tokens[n], i] += weights[n] * y[n, i]
+            row[i] += weights[n] * y[n, i]
 
 
 def group(experts: np.ndarray, weights: np.ndarray) -> list[Assignment]:
@@ -174,7 +180,7 @@ def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
     for task in prange(len(experts) * groups):
         i, first = task // groups, task % groups * ROWS
         row = experts[i] * N + first
-        one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, x_at, n, h_at + (i * N + first) * 4)
+        one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, x_at, 0, n, h_at + (i * N + first) * 4, 0)
         for j in range(first, first + ROWS, 2):
             h[i, j] += bias[experts[i], j]
             h[i, j + 1] += bias[experts[i], j + 1]
@@ -194,7 +200,7 @@ def _single_down(z, blocks, scales, table, bias, experts, weights, out, panels):
             out[0, j] = 0
         for i in range(len(experts)):
             row = experts[i] * N + first
-            one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, z_at + i * n * BLOCK * 4, n, y.ctypes.data)
+            one_rows(w_at + row * n * 16, n * 16, s_at + row * n, n, t_at, z_at + i * n * BLOCK * 4, 0, n, y.ctypes.data, 0)
             for j in range(ROWS):
                 y[j] += bias[experts[i], first + j]
                 out[0, first + j] += weights[i] * y[j]

@@ -12,15 +12,17 @@ A weight is off by at most 0.57 d, 1/223 of the largest in its block: half a ste
 blocks whose largest is below 0.0078, where d is subnormal in f16, and all from those below 3.8e-6. NaN, infinities and weights above 8.3e6
 have no scale: theirs comes out as NaN or infinity, for the caller to refuse (`unheld`).
 
-`matmul_q8` is out = x · w' + bias for x f32 [M, K], products and sums in f32: one row reads the integers at the speed of memory, more
-rows expand 32 rows of w'ᵀ at a time into the second-level cache. Both sum in the order of `matmul` by output, so a row of x gives the same
-bits alone and among others. NaN and infinities in x spread to every output, through blocks of zeros too.
+`matmul_q8` is out = x · w' + bias for x f32 [M, K], products and sums in f32: one row reads the integers at the speed of memory, up to
+five decode each block once for two rows, more expand 32 rows of w'ᵀ at a time into the second-level cache. All sum in the order of
+`matmul` by output, so a row of x gives the same bits alone and among others. NaN and infinities in x spread to every output, through
+blocks of zeros too.
 
 What the steps gave, 2 cores of an EPYC (Zen 4, AVX-512), medians. One row, 768 to 2880 inputs, plain read 31-33 GB/s, bf16 28-31: prefetch
 4 KiB ahead 23, 8 KiB 26-28, 16 KiB 28-30, 24 KiB no more; from the cache, a core: the scale widened as one value 14 GB/s, as a vector 18,
 stored in f32 20 (from memory slower: 6 % more bytes); applied once, to the sum of a block's products, 2-5 % faster from memory, but
-then many rows are no product of expanded weights. Quantising: by output 4-5 billion weights a second, by input 1.4-1.9, as plain loops
-0.9 and 0.4.
+then many rows are no product of expanded weights. Few rows, 2880 x 2880, a core: expanded or straight, two 0.9 and 0.6 ms, three 1.4 and
+1.0, five 2.3 and 1.6, six 1.5 and 1.7. Portable, the same, one row: a sum a block 1.0 ms (bf16 0.4), the row expanded first 1.7.
+Quantising, a core: by output 3 billion weights a second, by input 1; as plain loops 0.3 and 0.1.
 """
 
 from typing import NamedTuple
@@ -33,7 +35,7 @@ from .checks import check_array
 from .dtypes import F16, to_f16, widen
 from .elementary import value
 from .errors import ToyllmError
-from .jit import kernel
+from .jit import inline, kernel
 from .matmul import NO_BIAS, OUTPUTS, ROWS, check_matrix, multiply_panel, panels_for
 from .simd.ir import LANES
 from .simd.q8 import LEAST, expand_row, q8_tile, quantize_blocks, quantize_rest, transpose
@@ -46,6 +48,8 @@ ONE, HALF = np.float32(1), np.float32(0.5)
 I8 = np.dtype(np.int8)
 
 one_rows, one_row = q8_tile(ROWS), q8_tile(1)
+two_rows, two_row = q8_tile(ROWS, 2), q8_tile(1, 2)  # for two rows of x
+STRAIGHT = 5  # rows of x for which w' is not worth expanding
 
 
 class Q8(NamedTuple):
@@ -192,21 +196,33 @@ def matmul_q8_reference(x: np.ndarray, w: Q8, bias: np.ndarray, out: np.ndarray)
 
 
 @kernel(parallel=True, strict=True)
-def _one(x, values, scales, bias, out):
-    """One row of x, as long as those of values: `ROWS` outputs at a time, straight from their integers."""
+def _few(x, values, scales, bias, out):
+    """One row of x or a few, as long as those of values: `ROWS` outputs at a time, straight from their integers."""
     N, n = scales.shape
+    M, K = x.shape
     w_at, s_at, x_at, y_at = values.ctypes.data, scales.ctypes.data, x.ctypes.data, out.ctypes.data
     for group in prange((N + ROWS - 1) // ROWS):
         first = group * ROWS
         last = min(first + ROWS, N)
-        if last - first == ROWS:
-            one_rows(w_at + first * n * BLOCK, n * BLOCK, s_at + first * n * 2, n * 2, x_at, n, y_at + 4 * first)
-        else:
-            for j in range(first, last):
-                one_row(w_at + j * n * BLOCK, 0, s_at + j * n * 2, 0, x_at, n, y_at + 4 * j)
+        w, s = w_at + first * K, s_at + first * n * 2
+        for m in range(0, M - 1, 2):
+            x_m, y = x_at + m * K * 4, y_at + (m * N + first) * 4
+            if last - first == ROWS:
+                two_rows(w, K, s, n * 2, x_m, 4 * K, n, y, 4 * N)
+            else:
+                for j in range(last - first):
+                    two_row(w + j * K, 0, s + j * n * 2, 0, x_m, 4 * K, n, y + 4 * j, 4 * N)
+        if M % 2:
+            x_m, y = x_at + (M - 1) * K * 4, y_at + ((M - 1) * N + first) * 4
+            if last - first == ROWS:
+                one_rows(w, K, s, n * 2, x_m, 0, n, y, 0)
+            else:
+                for j in range(last - first):
+                    one_row(w + j * K, 0, s + j * n * 2, 0, x_m, 0, n, y + 4 * j, 0)
         if bias.size:
-            for j in range(first, last):
-                out[0, j] += bias[j]
+            for m in range(M):
+                for j in range(first, last):
+                    out[m, j] += bias[j]
 
 
 @kernel(parallel=True, strict=True)
@@ -230,10 +246,18 @@ def matmul_q8_kernel(x: np.ndarray, w: Q8, bias: np.ndarray, out: np.ndarray, pa
         filled = np.zeros((len(x), width), np.float32)
         filled[:, : w.K] = x
         x = filled
-    if len(x) == 1:
-        _one(x, w.values, w.scales, bias, out)
+    if len(x) <= STRAIGHT:
+        _few(x, w.values, w.scales, bias, out)
     else:
         _many(x, w.values, w.scales, bias, out, panels)
+
+
+@inline
+def _dot(x, values):
+    total = np.float32(0)
+    for i in range(len(x)):  # over arrays of its own, a loop that LLVM makes vectors of
+        total += x[i] * np.float32(values[i])
+    return total
 
 
 @kernel(parallel=True)
@@ -244,13 +268,9 @@ def _portable(x, values, scales, bias, out):
         for m in range(M):
             total = np.float32(0)
             for b in range(scales.shape[1]):
-                part = np.float32(0)
-                for k in range(b * BLOCK, min((b + 1) * BLOCK, K)):
-                    part += x[m, k] * np.float32(values[j, k])
-                total += part * value(scales[j, b])
-            out[m, j] = total
-            if bias.size:
-                out[m, j] += bias[j]
+                first, last = b * BLOCK, min((b + 1) * BLOCK, K)
+                total += _dot(x[m, first:last], values[j, first:last]) * value(scales[j, b])
+            out[m, j] = total + bias[j] if bias.size else total
 
 
 def matmul_q8_portable(x: np.ndarray, w: Q8, bias: np.ndarray, out: np.ndarray, panels: np.ndarray | None = None) -> None:  # noqa: ARG001

@@ -6,6 +6,8 @@ busy process OpenMP's barrier waits for the scheduler, 8 ms a region, while TBB'
 """
 
 import ctypes
+import importlib
+import logging
 import os
 import site
 import sys
@@ -16,14 +18,23 @@ import numpy as np
 
 from .errors import ToyllmError
 
+log = logging.getLogger("toyllm")
+
 
 def choose_threading_layer() -> None:
-    """Let Numba, which looks for TBB first, then OpenMP, find the TBB that came as a wheel."""
+    """Let Numba, which looks for TBB first, then OpenMP, find the TBB that came as a wheel; say so where neither is there."""
     for prefix in (sys.prefix, site.getuserbase()):
         library = Path(prefix) / "lib" / "libtbb.so.12"
         if library.exists():  # this folder is not on the loader's path: once the library is loaded, Numba finds it
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             return
+    for layer in ("tbbpool", "omppool"):
+        try:
+            importlib.import_module(f"numba.np.ufunc.{layer}")
+        except ImportError:
+            continue
+        return
+    log.info("neither TBB nor OpenMP is here: a parallel region takes some 25 times longer; pip install tbb, or install libgomp")
 
 
 def physical_cores() -> int:

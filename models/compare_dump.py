@@ -31,7 +31,7 @@ import numpy as np
 from ..kernels.dtypes import BF16, F16
 from ..kernels.errors import ToyllmError
 from .checkpoint import brief, map_files, parse_object, read_header
-from .compare_names import is_activation, order, token_axis
+from .compare_names import axes, is_activation, order, token_axis
 from .tensor_slice import resolve_slice
 from .tensor_values import as_slice
 
@@ -82,6 +82,15 @@ class Dump:
             raise ToyllmError(f"{self.path}: {name}: expected numbers, found dtype {array.dtype}; save it as f32")
         return moved(array, rule, T) if rule else array
 
+    def whole(self, name: str) -> np.ndarray:
+        """An activation in its own shape, without a batch of 1. Raises ToyllmError where it has not the axes of that activation."""
+        array, letters = self.raw(name, None), axes(name)
+        if array.ndim == len(letters) + 1 and len(array) == 1:
+            array = array[0]
+        if array.ndim != len(letters):
+            raise ToyllmError(f"{self.path}: {name}: expected axes [{', '.join(letters)}], found shape {list(array.shape)}")
+        return array
+
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """An activation that is `shape` here, in that shape if it can be brought into it."""
         return fitted(self.raw(name, shape[token_axis(name)]), shape)
@@ -117,7 +126,7 @@ def open_dump(path: Path, map_path: Path | None = None) -> Dump:
         if (name == IDS or is_activation(name)) and name not in arrays and name not in used:
             arrays[name] = load, None
             used.add(name)
-    if not arrays:
+    if not arrays.keys() - {IDS}:
         names = brief(", ".join(loads))
         expected = f"no array that {map_path} names" if map_path else "no activation under toyllm's names, such as blocks.0.attn.q"
         raise ToyllmError(f"{path}: {expected}; it has {names}; --map FILE says what those are")

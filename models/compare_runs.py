@@ -1,7 +1,7 @@
 """Two runs over the same tokens held against each other, activation by activation, and the first that departs.
 
-A run is a model's, in steps of a few tokens so that only their activations are held at a time, or one that somebody wrote to a file, whose
-arrays are read when their turn comes (see compare_dump).
+A run is a model's, in steps of its prefill chunk so that only those tokens' activations are held at a time, or one that somebody wrote to a
+file, whose arrays are read when their turn comes (see compare_dump).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,6 @@ from .compare_names import order, token_axis
 if TYPE_CHECKING:
     from .model import Model
 
-TOKENS = 64  # a step
 PIECE = 2**18  # elements held as f64 at a time
 MASKED = -1e4  # a score from here down, in a file, is that of an invisible key: others add a large negative number where ours is -infinity
 
@@ -74,7 +73,8 @@ def compare_runs(
     found: dict[str, Progressing] = {}
     names_a: set[str] = set()
     names_b: set[str] = set()
-    for step_a, step_b in zip(steps(a, ids, wanted), steps(b, ids, wanted), strict=False):
+    length = max((run.prefill_chunk for run in (a, b) if not isinstance(run, Dump)), default=1)
+    for step_a, step_b in zip(steps(a, ids, length, wanted), steps(b, ids, length, wanted), strict=True):
         names_a, names_b = names_a | set(step_a.names), names_b | set(step_b.names)
         for name in sorted(names_a & names_b, key=order):
             if isinstance(a, Dump) and not isinstance(b, Dump):
@@ -87,7 +87,7 @@ def compare_runs(
             if shape_a == shape_b:
                 at.add(x, y, token_axis(name), step_a.first)
         if progress and ids:
-            progress(min(step_a.first + TOKENS, len(ids)), len(ids))
+            progress(min(step_a.first + length, len(ids)), len(ids))
     if not found:
         raise ToyllmError(f"the runs have no activation in common: one has {some(names_a)}, the other {some(names_b)}")
     activations = tuple(found[name].result(name) for name in sorted(found, key=order))
@@ -122,7 +122,7 @@ class Progressing:
     def result(self, name: str) -> Activation:
         """The activation, when all tokens have been seen."""
         alike = self.a == self.b
-        by_token = np.concatenate(self.by_token) if alike else np.zeros(0)
+        by_token = np.concatenate([np.zeros(0), *self.by_token])
         return Activation(name, self.a, self.b, self.tally.result() if alike else None, by_token, self.choice)
 
 
@@ -141,16 +141,16 @@ class Step:
     rows: Callable[[str, Shape | None], tuple[np.ndarray, Shape]]
 
 
-def steps(run: "Model | Dump", ids: Sequence[int], wanted: Wanted) -> Iterator[Step]:
-    """A run over ids [T], step by step; a file, without ids, in one."""
+def steps(run: "Model | Dump", ids: Sequence[int], length: int, wanted: Wanted) -> Iterator[Step]:
+    """A run over ids [T], step by step of so many tokens; a file, without ids, in one."""
     if isinstance(run, Dump):
         names = [name for name in run.names if wanted(name)]
-        starts = range(0, len(ids), TOKENS) if ids else repeat(0, 1)
-        return (Step(first, names, rows_of(run, first, first + TOKENS if ids else None)) for first in starts)
-    return model_steps(run, ids, wanted)
+        starts = range(0, len(ids), length) if ids else repeat(0, 1)
+        return (Step(first, names, rows_of(run, first, first + length if ids else None)) for first in starts)
+    return model_steps(run, ids, length, wanted)
 
 
-def model_steps(model: "Model", ids: Sequence[int], wanted: Wanted) -> Iterator[Step]:
+def model_steps(model: "Model", ids: Sequence[int], length: int, wanted: Wanted) -> Iterator[Step]:
     """A model's run. What it brings of tokens that follow is that of keys that cannot be seen."""
     from ..kernels.threads import set_threads
 
@@ -158,8 +158,8 @@ def model_steps(model: "Model", ids: Sequence[int], wanted: Wanted) -> Iterator[
     if model.config.context < T:
         raise ToyllmError(f"a prompt of {T} tokens: {model.files.name} has {model.config.context} positions")
     cache = model.new_cache(T)
-    for first in range(0, T, TOKENS):
-        last = min(first + TOKENS, T)
+    for first in range(0, T, length):
+        last = min(first + length, T)
         recording = Recording(wanted, last - first, T)
         set_threads(model.threads)  # which the other run may have changed
         at = np.arange(first, last)
@@ -176,7 +176,7 @@ def rows_of(dump: Dump, first: int, last: int | None) -> Callable[[str, Shape | 
     """The rows of a file's activations that belong to some tokens; all of them where the shape is not the one that it should be."""
 
     def rows(name: str, shape: Shape | None) -> tuple[np.ndarray, Shape]:
-        array = dump.read(name, shape) if shape else dump.raw(name, None)
+        array = dump.read(name, shape) if shape else dump.whole(name)
         whole = array.shape
         if whole == shape:
             array = array[(slice(None),) * token_axis(name) + (slice(first, last),)]

@@ -41,6 +41,7 @@ class StoredBytes:
     differing: int  # bytes
     bits: int
     place: tuple[int, ...] | None  # the first element with such a byte, in the tensor's own shape; None where its dtype is not read
+    experts: tuple[int, ...]  # those with such bytes
 
 
 STATUS = {
@@ -65,7 +66,7 @@ class Pair:
     status: str = "same"  # one of STATUS
     stored: tuple[StoredBytes, ...] = ()
     difference: Difference | None = None  # of the values, where they were read
-    experts: tuple[int, ...] = ()  # those whose values differ
+    experts: tuple[int, ...] = ()  # those that differ
     rounded: str = ""  # "a" or "b": its values are the other's, rounded to its dtype
 
     @property
@@ -77,8 +78,10 @@ class Pair:
         return weight
 
     def departs(self, rtol: float, atol: float) -> bool:
-        """Whether the values differ beyond the tolerances; what has no values to compare departs if it is not the same."""
-        return self.difference.exceeds(rtol, atol) if self.difference else self.status != "same"
+        """Whether the values differ beyond the tolerances; without any, bits of one dtype too. What has no values is to be the same."""
+        if self.difference is None or (self.status == "bits" and not (rtol or atol)):
+            return self.status != "same"
+        return self.difference.exceeds(rtol, atol)
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,10 @@ def compare_pair(a: Weight | None, b: Weight | None, files: Mapping[Path, FileIO
     if not {a.kind, b.kind} <= {*DTYPES, MXFP4}:
         return Pair(a, b, "bytes", stored)
     difference, experts, rounded = compare_values(a, b, sides, advance)
+    experts = tuple(sorted({expert for found in stored for expert in found.experts})) if stored else experts
     if difference.differing:
         return Pair(a, b, "rounded" if rounded else "values", stored, difference, experts, rounded)
-    return Pair(a, b, "bits" if a.kind == b.kind else "dtype", stored, difference)
+    return Pair(a, b, "bits" if a.kind == b.kind else "dtype", stored, difference, experts)
 
 
 def compare_bytes(a: Weight, b: Weight, files: Mapping[Path, FileIO], advance: Callable[[float], None]) -> Iterator[StoredBytes]:
@@ -168,7 +172,8 @@ def compare_bytes(a: Weight, b: Weight, files: Mapping[Path, FileIO], advance: C
     scratch, done = np.empty((2, CHUNK), np.uint8), 0
     for s, t in zip(a.stored, b.stored, strict=True):
         differing = changed = 0
-        first = None
+        first, experts = None, set[int]()
+        share = s.nbytes // a.experts if a.experts else 0  # an expert's bytes
         for begin in range(0, s.nbytes, CHUNK):
             x, y = scratch[:, : min(CHUNK, s.nbytes - begin)]
             read_into(x, files[s.path], s, begin)
@@ -177,11 +182,13 @@ def compare_bytes(a: Weight, b: Weight, files: Mapping[Path, FileIO], advance: C
                 apart = np.bitwise_xor(x, y)
                 differing, changed = differing + int(np.count_nonzero(apart)), changed + int(np.bitwise_count(apart).sum(dtype=np.int64))
                 first = begin + int((apart != 0).argmax()) if first is None else first
+                touched = range(begin // share, (begin + len(x) - 1) // share + 1) if share else ()
+                experts |= {e for e in touched if apart[max(e * share - begin, 0) : (e + 1) * share - begin].any()}
             done += 2 * len(x)
             advance(done / (a.nbytes + b.nbytes))
         if first is not None:
             place = index_of(first // DTYPES[s.dtype].itemsize, s.shape) if s.dtype in DTYPES else None
-            yield StoredBytes(s.name, differing, changed, place)
+            yield StoredBytes(s.name, differing, changed, place, tuple(sorted(experts)))
 
 
 def same(x: np.ndarray, y: np.ndarray) -> bool:

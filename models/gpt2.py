@@ -277,6 +277,11 @@ def block(x: np.ndarray, w: Block, i: int, c: Config, k: "Backend", buffers: Buf
         tap(f"blocks.{i}.out", x)
 
 
+def final_norm(x: np.ndarray, w: Weights, c: Config, k: "Backend", out: np.ndarray) -> None:
+    """What the head reads of the residual stream x [T, D]: out f32 [T, D]."""
+    k.layer_norm(x, w.norm_f.weight, w.norm_f.bias, c.layer_norm_epsilon, out)
+
+
 def forward(
     w: Weights,
     c: Config,
@@ -301,7 +306,7 @@ def forward(
     if not n:
         return
     norm = buffers.norm[:n]
-    k.layer_norm(x[T - n :], w.norm_f.weight, w.norm_f.bias, c.layer_norm_epsilon, norm)
+    final_norm(x[T - n :], w, c, k, norm)
     if tap:
         tap("norm_f", norm)
     k.matmul(norm[n - len(logits) :], w.head, NO_BIAS, logits, buffers.panels)

@@ -500,6 +500,11 @@ def block(
         tap(f"blocks.{i}.out", x)
 
 
+def final_norm(x: np.ndarray, w: Weights, c: Config, k: "Backend", out: np.ndarray) -> None:
+    """What the head reads of the residual stream x [T, D]: out f32 [T, D]."""
+    k.rms_norm(x, w.norm_f, c.rms_norm_eps, out)
+
+
 def forward(
     w: Weights,
     c: Config,
@@ -525,7 +530,7 @@ def forward(
     if not n:
         return
     norm = buffers.norm[:n]
-    k.rms_norm(x[T - n :], w.norm_f, c.rms_norm_eps, norm)
+    final_norm(x[T - n :], w, c, k, norm)
     if tap:
         tap("norm_f", norm)
     k.matmul(norm[n - len(logits) :], w.head, NO_BIAS, logits, buffers.panels)

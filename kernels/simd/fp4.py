@@ -66,34 +66,38 @@ def scale_of(b, at, table):
 
 
 @cache
-def fp4_tile(outputs: int) -> Any:
-    """The intrinsic for `outputs` rows of w and one row of x, whose blocks have their even elements first.
+def fp4_tile(outputs: int, tokens: int = 1) -> Any:
+    """The intrinsic for `outputs` rows of w and `tokens` rows of x, whose blocks have their even elements first.
 
-    tile(w_at, w_stride, s_at, s_stride, table_at, x_at, n, y_at): addresses of codes and scales with their bytes from row to row, of
-    the 256 scales as f32, of x and of the outputs; n blocks a row.
+    tile(w_at, w_stride, s_at, s_stride, table_at, x_at, x_stride, n, y_at, y_stride): addresses of codes and scales, of the 256 scales as
+    f32, of x and of the outputs, with their bytes from row to row; n blocks a row.
     """
 
     @intrinsic
-    def tile(typing, w_at, w_stride, s_at, s_stride, table_at, x_at, n, y_at):
+    def tile(typing, w_at, w_stride, s_at, s_stride, table_at, x_at, x_stride, n, y_at, y_stride):
         def generate(context, b, signature, arguments):
-            w_at, w_stride, s_at, s_stride, table_at, x_at, n, y_at = arguments
+            w_at, w_stride, s_at, s_stride, table_at, x_at, x_stride, n, y_at, y_stride = arguments
             rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
             scales = [b.add(s_at, b.mul(s_stride, integer(j))) for j in range(outputs)]
-            i, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * outputs)
-            x = b.add(x_at, b.mul(i, integer(128)))
-            even, odd = load(b, x, f32), load(b, b.add(x, integer(64)), f32)
+            inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
+            i, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * (outputs * tokens))
+            x = [b.add(at, b.mul(i, integer(128))) for at in inputs]
+            halves = [(load(b, at, f32), load(b, b.add(at, integer(64)), f32)) for at in x]
             new = []
-            for row, scale_row, total in zip(rows, scales, sums, strict=True):
+            for j, (row, scale_row) in enumerate(zip(rows, scales, strict=True)):
                 at = b.add(row, b.mul(i, integer(16)))
                 prefetch(b, b.add(at, integer(AHEAD)))
                 low, high = decode(b, at)
                 scale = scale_of(b, b.add(scale_row, i), table_at)
-                total = fma(b, b.fmul(low, scale), even, total)
-                new.append(fma(b, b.fmul(high, scale), odd, total))
-            store(b, horizontal_sums(b, close(new)), y_at)
+                low, high = b.fmul(low, scale), b.fmul(high, scale)
+                for m, (even, odd) in enumerate(halves):
+                    new.append(fma(b, high, odd, fma(b, low, even, sums[j * tokens + m])))
+            sums = close(new)
+            for m in range(tokens):
+                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 10), generate
 
     return tile
 

@@ -49,33 +49,36 @@ def decode(b, at, scale_at):
 
 
 @cache
-def q8_tile(outputs: int) -> Any:
-    """The intrinsic for `outputs` rows of w and one row of x.
+def q8_tile(outputs: int, tokens: int = 1) -> Any:
+    """The intrinsic for `outputs` rows of w and `tokens` rows of x.
 
-    tile(w_at, w_stride, s_at, s_stride, x_at, n, y_at): addresses of integers and scales with their bytes from row to row, of x and of
-    the outputs; n blocks a row.
+    tile(w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride): addresses of integers and scales, of x and of the outputs, with
+    their bytes from row to row; n blocks a row.
     """
 
     @intrinsic
-    def tile(typing, w_at, w_stride, s_at, s_stride, x_at, n, y_at):
+    def tile(typing, w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride):
         def generate(context, b, signature, arguments):
-            w_at, w_stride, s_at, s_stride, x_at, n, y_at = arguments
+            w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride = arguments
             rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
             scales = [b.add(s_at, b.mul(s_stride, integer(j))) for j in range(outputs)]
-            i, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * outputs)
-            at = b.add(x_at, b.mul(i, integer(128)))
-            x = [load(b, b.add(at, integer(64 * half)), f32) for half in range(2)]
+            inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
+            i, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * (outputs * tokens))
+            x = [b.add(at, b.mul(i, integer(128))) for at in inputs]
+            halves = [(load(b, at, f32), load(b, b.add(at, integer(64)), f32)) for at in x]
             new = []
-            for row, scale_row, total in zip(rows, scales, sums, strict=True):
-                at = b.add(row, b.mul(i, integer(32)))
+            for j, (row, scale_row) in enumerate(zip(rows, scales, strict=True)):
+                at = b.add(row, b.mul(i, integer(2 * LANES)))
                 prefetch(b, b.add(at, integer(AHEAD)))
-                for half, values in zip(x, decode(b, at, b.add(scale_row, b.mul(i, integer(2)))), strict=True):
-                    total = fma(b, values, half, total)
-                new.append(total)
-            store(b, horizontal_sums(b, close(new)), y_at)
+                low, high = decode(b, at, b.add(scale_row, b.mul(i, integer(2))))
+                for m, (first, second) in enumerate(halves):
+                    new.append(fma(b, high, second, fma(b, low, first, sums[j * tokens + m])))
+            sums = close(new)
+            for m in range(tokens):
+                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 9), generate
 
     return tile
 

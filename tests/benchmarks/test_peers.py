@@ -1,6 +1,8 @@
 """Peers side by side: figures from what was measured, the page, and what is asked for. Nothing is timed here."""
 
+import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from toyllm.kernels.dtypes import BF16, to_bf16, widen
 from toyllm.models.location import find_model
 from toyllm.models.params import anatomy
 
@@ -85,20 +88,31 @@ def test_the_page_names_machine_versions_and_disturbance(modules: dict[str, Modu
     assert "| llama.cpp | 5.0e-03 | 2e-02 | 1.0e-02 | 24 of 25 |" in quiet
 
 
-def test_notes_of_a_page_are_kept_and_other_files_are_not_touched(modules: dict[str, ModuleType], tmp_path: Path) -> None:
-    report, page = modules["report"], tmp_path / "RESULTS.md"
+def test_notes_of_a_page_are_kept(modules: dict[str, ModuleType]) -> None:
+    report = modules["report"]
     text = report.markdown(document_of(report))
-    report.write_page(page, text)
-    assert page.read_text() == text
     notes = "\n## Notes\n\nWhat was tried.\n"
-    page.write_text(text + notes)
-    report.write_page(page, text.replace("Toy 1", "Toy 2"))
-    assert page.read_text() == text.replace("Toy 1", "Toy 2") + notes
-    other = tmp_path / "other.md"
-    other.write_text("mine")
-    with pytest.raises(ValueError, match="no page of results"):
-        report.write_page(other, text)
-    assert other.read_text() == "mine"
+    other = text.replace("Toy 1", "Toy 2")
+    assert report.with_notes(other, "") == report.with_notes(other, text) == other
+    assert report.with_notes(other, text + notes) == other + notes
+
+
+def test_only_what_an_earlier_run_wrote_is_replaced(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    report = modules["report"]
+    document = {"schema": report.SCHEMA} | document_of(report)
+    page, figures, mine = tmp_path / "page.md", tmp_path / "figures.json", tmp_path / "mine"
+    report.replace(page, report.markdown(document))
+    report.replace(figures, json.dumps(document, indent=1))
+    mine.write_text("mine")
+    report.check_replaceable(page, report.TITLE)
+    report.check_replaceable(figures, report.JSON)
+    report.check_replaceable(tmp_path / "new", report.JSON)
+    for path, begins in ((figures, report.TITLE), (page, report.JSON), (mine, report.TITLE)):
+        with pytest.raises(ValueError, match="not written by this command"):
+            report.check_replaceable(path, begins)
+    with pytest.raises(ValueError, match="there is no folder"):
+        report.check_replaceable(tmp_path / "nowhere" / "page.md", report.TITLE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "mine", "page.md"]
 
 
 def test_every_goal_is_of_something_that_is_measured(modules: dict[str, ModuleType]) -> None:
@@ -199,6 +213,50 @@ def test_engines_that_compute_another_model_are_found_out(modules: dict[str, Mod
     assert not differs({"error": 0.01, "tolerance": 0.02})
     assert differs({"error": 0.03, "tolerance": 0.02})
     assert differs({"error": float("nan"), "tolerance": 0.02})
+    assert not differs({"error": 0.5, "tolerance": None})  # shown, and another comparison decides
+
+
+def test_whatever_is_timed_is_held_against_toyllm(modules: dict[str, ModuleType]) -> None:
+    for model in modules["setups"].MODELS:
+        for runner in model.runners[1:]:
+            assert (runner.tolerance is None) != (runner.check is None), runner.name
+
+
+def test_one_position_with_other_experts_does_not_decide(modules: dict[str, ModuleType]) -> None:
+    ours = np.eye(4, 5, dtype=np.float32)
+    theirs = ours * np.float32(0.99)
+    theirs[2] = ours[3]
+    found = modules["peers"].compare("llama.cpp", ours, theirs, 0.02)
+    assert found == {"name": "llama.cpp", "error": pytest.approx(0.01), "largest": 1, "tolerance": 0.02, "same": 3, "positions": 4}
+
+
+def test_rounding_as_llama_cpp_is_bf16_before_matrices_and_eight_bits_before_mxfp4(modules: dict[str, ModuleType]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Kernels:
+        matmul: Any
+        matmul_mxfp4: Any
+        fused: bool = True
+
+    seen: list[np.ndarray] = []
+    keep = lambda x, *_: seen.append(x)  # noqa: E731
+    kernels = importlib.import_module("engines").rounding_as_llama_cpp(Kernels(keep, keep))
+    x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
+    x[1] = 0
+    head, router = np.zeros((64, 200), BF16), np.zeros((64, 32), BF16)
+    for w in (head, router, head.astype(BF16).view(np.uint16).astype(np.float32)):
+        kernels.matmul(x, w)
+    kernels.matmul_mxfp4(x)
+    bf16, router_sees, f32, q8 = seen
+    assert not kernels.fused
+    assert np.array_equal(bf16, widen(to_bf16(x)))
+    assert router_sees is x
+    assert f32 is x
+    blocks, rounded = x.reshape(3, 2, 32), q8.reshape(3, 2, 32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / 127
+    assert (np.abs(rounded - blocks) <= 0.5 * scale + 127 * scale * 2.0**-11 + 1e-12).all()  # half a code, and its scale in f16
+    assert not q8[1].any()
+    assert len(np.unique(rounded[0, 0])) <= 255
+    assert np.abs(rounded - blocks).max() > 0
 
 
 def test_help_needs_no_peer() -> None:

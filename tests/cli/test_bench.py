@@ -96,16 +96,15 @@ def test_a_token_reads_what_params_says(toyllm: Any, document: Any) -> None:
 
 def test_the_document_says_what_ran_on_what(document: Any) -> None:
     found = document(*SHORT, "--prefill-chunk", "7", "--cache-dtype", "bf16", "--context", "50", "-m", "tales-gpt-oss", "--moe", "all")
-    assert found["settings"] == {
+    expected = {
         "model": "tales-gpt-oss",
         "context": 50,
         "prefill_chunk": 7,
         "cache_dtype": "bf16",
-        "threads": found["settings"]["threads"],
-        "backend": found["settings"]["backend"],
         "moe": "all",
         "tokens_per_expert_ratio": 1.0,
     }
+    assert expected.items() <= found["settings"].items()
     assert found["machine"].keys() == {"processor", "cores", "cache_bytes", "threading_layer"}
     assert found["versions"].keys() == {"toyllm", "python", "numpy", "numba", "llvmlite"}
     assert found["versions"]["toyllm"] == package.__version__

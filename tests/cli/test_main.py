@@ -29,6 +29,7 @@ WITHOUT_TWIN = {
     "--show-completion",
     "--prompt",
     "--prompt-ids",
+    "--input",
     "--force",
     "--save",
     "--output",

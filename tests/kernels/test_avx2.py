@@ -43,7 +43,7 @@ def everything() -> dict[str, np.ndarray]:
     found["exact.f16"] = matmul(x[:1], to_f16(w.T).T)
     whole, rest = quantize(to_bf16(w)), quantize(w.T[:, :155].copy().T)
     found |= {"exact.q8.values": whole.values, "exact.q8.scales": whole.scales.view(np.uint16), "exact.q8.rest": rest.values}
-    for M in (1, 7):
+    for M in (1, 3, 7):
         found[f"exact.q8.{M}"] = matmul_q8(x[:M], whole)
         found[f"exact.mxfp4.{M}"] = matmul_mxfp4(x[:M], codes, scales)
         found[f"exact.by_input.{M}"] = matmul(x[:M], to_bf16(w))
@@ -80,8 +80,8 @@ def assembly() -> str:
     from toyllm.kernels import attention, matmul, mxfp4, q8
 
     everything()
-    kernels = [matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._one, mxfp4._many, mxfp4._dequantize, attention._attention]
-    kernels += [q8._one, q8._many, q8._quantize_by_output, q8._quantize_by_input]
+    kernels = [matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._few, mxfp4._many, mxfp4._dequantize, attention._attention]
+    kernels += [q8._few, q8._many, q8._quantize_by_output, q8._quantize_by_input]
     return "".join(text for kernel in kernels for text in kernel.inspect_asm().values())
 
 

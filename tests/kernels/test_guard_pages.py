@@ -76,7 +76,7 @@ def mxfp4(at_end: bool) -> None:
     """Products with rows in MXFP4, one row of x and many; and the rows themselves."""
     from toyllm.kernels.fp4 import BLOCK, SCALES
     from toyllm.kernels.matmul import NO_BIAS, OUTPUTS
-    from toyllm.kernels.mxfp4 import _dequantize, _many, _one
+    from toyllm.kernels.mxfp4 import _dequantize, _few, _many
     from toyllm.kernels.threads import max_threads
 
     table = guarded((256,), np.float32, at_end)
@@ -87,7 +87,8 @@ def mxfp4(at_end: bool) -> None:
         bias = guarded((N,), np.float32, at_end) if N % 2 else NO_BIAS
         panels = guarded((max_threads(), OUTPUTS * K), np.float32, at_end)
         _dequantize(blocks, scales, table, guarded((N, K), np.float32, at_end))
-        _one(guarded((1, K), np.float32, at_end), blocks, scales, table, bias, guarded((1, N), np.float32, at_end))
+        for M in (1, 2, 3):
+            _few(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end))
         for M in ROWS if N < 20 else (7,):
             _many(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end), panels)
 
@@ -110,7 +111,7 @@ def q8(at_end: bool) -> None:
             _quantize_by_input(guarded((K, N), dtype, at_end), w.values, w.scales, panels)
         bias = guarded((N,), F32, at_end) if N % 2 else NO_BIAS
         panels = guarded((max_threads(), panels_for(K)), F32, at_end)
-        for M in (1, 2, 7):
+        for M in (1, 2, 5, 7):
             matmul_q8_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
 
 

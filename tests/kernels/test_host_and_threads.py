@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from toyllm.kernels import backends, host
+from toyllm.kernels import backends, host, threads
 from toyllm.kernels.errors import ToyllmError
 from toyllm.kernels.matmul import NO_BIAS
 from toyllm.kernels.threads import max_threads, physical_cores, set_threads, thread_scratch, threading_layer
@@ -50,6 +50,18 @@ def test_every_thread_has_scratch_of_its_own():
 @pytest.mark.needs_jit
 def test_a_threading_layer_that_is_quick_to_wake_is_found():
     assert threading_layer() in ("tbb", "omp")
+
+
+def test_it_is_said_where_only_the_slow_threading_layer_is_there(monkeypatch, caplog, tmp_path):
+    def missing(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr(threads.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(threads.site, "getuserbase", lambda: str(tmp_path))
+    monkeypatch.setattr(threads.importlib, "import_module", missing)
+    with caplog.at_level("INFO", "toyllm"):
+        threads.choose_threading_layer()
+    assert [record.message for record in caplog.records if "pip install tbb" in record.message]
 
 
 @pytest.mark.parametrize(

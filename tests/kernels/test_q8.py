@@ -233,7 +233,7 @@ def test_the_reference_multiplies_integers_by_scales():
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("M", [1, 2, 6, 7, 13])
+@pytest.mark.parametrize("M", [1, 2, 5, 6, 7, 13])
 def test_equals_the_reference_on_every_shape(rng, error, M):
     for K in SIZES:
         for N in OUTPUTS:
@@ -270,7 +270,7 @@ def test_a_row_alone_gives_the_bits_it_gives_among_others(rng, K, N):
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("M", [1, 7, 60])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 6, 7, 60])
 def test_the_bits_are_those_of_the_expanded_weights(rng, M):
     """Which are exact in f32, and multiplied in the same order."""
     for K in SIZES:

@@ -104,7 +104,7 @@ def test_any_numbers_are_read(tmp_path: Path, dtype: Any) -> None:
 )
 def test_ids_that_are_none(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(ToyllmError, match=message):
-        opened(tmp_path, arrays).ids()
+        opened(tmp_path, arrays | {"embed": Q}).ids()
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,12 @@ def test_the_place_of_a_window_s_mistake_is_the_key_at_its_edge(tmp_path: Path, 
 
 def test_a_key_that_a_later_step_brings_is_not_overlooked(tmp_path: Path) -> None:
     """The first step's tokens do not see those after it; a copy in which they do departs there."""
-    T = module.TOKENS + 6
-    scores = reference.forward(STORIES, np.array(ids(T)))["blocks.1.attn.scores"].copy()
-    scores[2, 3, T - 1] = 0.5
-    first = against(STORIES, ids(T), tmp_path, **{"blocks.1.attn.scores": scores}).first(RTOL, 0)
+    T, tokens = 12, ids(12)
+    arrays, _ = record(load("tales-gpt-oss"), tokens, every)
+    arrays["blocks.1.attn.scores"][2, 3, T - 1] = 0.5
+    save_file(arrays, tmp_path / "reference.safetensors")
+    run = load("tales-gpt-oss", prefill_chunk=5)
+    first = compare_runs(run, open_dump(tmp_path / "reference.safetensors"), tokens, every).first(RTOL, 0)
     assert first is not None
     assert (first.name, first.difference and first.difference.place) == ("blocks.1.attn.scores", (2, 3, T - 1))
     assert first.tokens(RTOL, 0) == [3]
@@ -173,11 +175,10 @@ def test_two_backends_agree(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["tales-gpt2", "tales-gpt-oss"])
 def test_steps_and_pieces_change_no_figure(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, sides = ids(50), (load(model), load(model, cache_dtype="bf16"))
-    whole = compare_runs(*sides, tokens, every)
-    monkeypatch.setattr(module, "TOKENS", 7)
+    tokens = ids(50)
+    whole = compare_runs(load(model), load(model, cache_dtype="bf16"), tokens, every)
     monkeypatch.setattr(module, "PIECE", 1000)
-    cut = compare_runs(*sides, tokens, every)
+    cut = compare_runs(load(model, prefill_chunk=7), load(model, cache_dtype="bf16", prefill_chunk=2), tokens, every)
     for x, y in zip(whole.activations, cut.activations, strict=True):
         assert (x.name, x.a, x.b) == (y.name, y.a, y.b)
         assert x.difference is not None
@@ -227,8 +228,15 @@ def test_either_side_may_be_a_file_and_both(tmp_path: Path) -> None:
     for sides in ((load("tales-gpt2"), file), (file, load("tales-gpt2"))):
         found = compare_runs(*sides, ids(9), every)
         assert [at.name for at in found.activations if at.departs(0, 0)] == ["blocks.3.out"]
-    b = open_dump(tmp_path / "own.npz")
-    assert compare_runs(file, b, [], every).first(0, 0) is None
+    np.savez(tmp_path / "batch.npz", **{"blocks.3.out": file.raw("blocks.3.out", None)[0], "blocks.1.attn.q": np.ones((1, 9, 256))})
+    found = compare_runs(file, open_dump(tmp_path / "batch.npz"), [], every)
+    assert [(at.name, at.a, len(at.tokens(0, 0))) for at in found.activations] == [
+        ("blocks.1.attn.q", (9, 4, 64), 9),
+        ("blocks.3.out", (9, 256), 0),
+    ]
+    np.savez(tmp_path / "joined.npz", **{"blocks.1.attn.q": np.ones((9, 256))})
+    with pytest.raises(ToyllmError, match=r"joined.npz: blocks.1.attn.q: expected axes \[T, H, Dh\], found shape \[9, 256\]"):
+        compare_runs(open_dump(tmp_path / "joined.npz"), file, [], every)
 
 
 @pytest.mark.parametrize("masked", [-1e4, -65504, -1e9, float(np.finfo(np.float32).min), -math.inf])

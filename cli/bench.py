@@ -52,10 +52,10 @@ def bench(
     --temperature 0 does; "@ d4096" is behind 4096 others. The tokens are drawn from the vocabulary with a fixed seed.
 
     t/s is the mean over the repetitions ± their standard deviation; the rest is of the median one. MB/token is what a decoded token
-    reads: weights as stored, in a mixture those of the experts that run, and keys and values. GB/s is how fast it reads them, stream how
-    fast this machine reads memory on as many threads (2.1 GB; the median of three reads before, between and after the repetitions), and
-    share the one as a part of the other. TFLOP/s counts a prompt's matrix products and attention as `toyllm params` does, and the head
-    once.
+    reads: weights as they are held, in a mixture those of the experts that run, and keys and values. GB/s is how fast it reads them,
+    stream how fast this machine reads memory on as many threads (2.1 GB; the median of three reads before, between and after the
+    repetitions), and share the one as a part of the other. TFLOP/s counts a prompt's matrix products and attention as `toyllm params`
+    does, and the head once.
     """
     counts = {name: numbers(context, name, text) for name, text in sizes.items()}
     if not any(counts["prompt_sizes"] + counts["generation_lengths"]):
@@ -199,7 +199,8 @@ def told(facts: dict[str, Any], made: "Bench", tests: "Sequence[Test]") -> list[
         f"{model['name']} ({model['model_type']}): {model['parameters']:,} parameters, {model['active']:,} active; "
         + ", ".join(f"{dtype} {size_text(nbytes)}" for dtype, nbytes in model["bytes_by_dtype"].items()),
         f"KV cache: {settings['context']:,} positions in {settings['cache_dtype']}; prompts by {settings['prefill_chunk']} tokens"
-        + (f"; experts mixed: {settings['moe']}" if sizes(made.anatomy.config).E else ""),
+        + (f"; experts mixed: {settings['moe']}" if sizes(made.anatomy.config).E else "")
+        + ("; dense weights in 8 bits" if settings["weights"] == "q8" else ""),
         f"{facts['repetitions']} repetitions after one that is not counted; tokens drawn with seed {facts['seed']}"
         + (f"; stream: reads of {facts['stream_bytes'] / 1e9:.2f} GB" if facts["stream_bytes"] else ""),
     ]

@@ -119,7 +119,7 @@ def run_card(
         entries = [document(values, None, Layout(3, 4, 1000, False), raw=False) for values in found]
         output.write_json("card", {"card": card.name, "results": entries})
         return
-    show_values(found, None, settings, None, raw=False, header=True, json=False)
+    show_values(found, None, settings, None, raw=False, header=True, json=False, said={})
 
 
 def parameters(model: "Filled | None", where: str) -> "Callable[[str], np.ndarray]":

@@ -80,6 +80,10 @@ RUNNING: Group = {
         Annotated[str, option("What prompts are multiplied in: f32, or bf16 (8 bits, often twice as fast).", "--activations")],
         "f32",
     ),
+    "weights": (
+        Annotated[str, option("How dense weights are held: stored, or q8 (8 bits in blocks of 32, made while loading).", "--weights")],
+        "stored",
+    ),
     "attention": (
         Annotated[str, option("fused, or plain: scores, mask, softmax, values one by one.", "--attention")],
         "fused",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..models.parts import Part
 
 DEPTH = 16  # of the tree: no model's names have more parts, a hostile file's may
-PLANNING = {name: RUNNING[name] for name in ("context_size", "cache_dtype", "prefill_chunk")}
+PLANNING = {name: RUNNING[name] for name in ("context_size", "cache_dtype", "prefill_chunk", "weights")}
 
 
 @takes(planning=PLANNING)
@@ -63,7 +63,7 @@ def params(
     from ..models.params import anatomy
 
     a = anatomy(model_files(model, config))
-    run = memory.running(a, planning["context_size"], planning["cache_dtype"], planning["prefill_chunk"])
+    run = memory.running(a, planning["context_size"], planning["cache_dtype"], planning["prefill_chunk"], planning["weights"])
     cut = parts.split(a, fractions(split)) if split is not None else parts.shards(a, shards) if shards is not None else []
     if json:
         output.write_json("params", {"model": model if config is None else str(config), **document(a, run, cut, bandwidth, tree)})
@@ -228,6 +228,7 @@ def show_memory(a: "Anatomy", run: "Running", bandwidth: float | None) -> None:
     pieces = plan(a, part, run)
     output.write("".join(line + "\n" for line in memory_lines(pieces)) + "\n")
     settings = f"{run.context:,} positions, keys and values in {run.cache_dtype}, prompts by {run.prefill_chunk}"
+    settings += ", dense weights in 8 bits" if run.weights == "q8" else ""
     facts = [row for row in running_rows(part_figures(a, part, run, bandwidth)) if row[1]]
     output.table(("running", ""), [("context", settings), *facts])
 
@@ -258,7 +259,8 @@ def show_parts(parts: list[dict[str, Any]]) -> None:
 
     rows = [(name, *(component(part, name) for part in parts)) for name in names]
     rows += [(f"{name}", *(f"{part[name]:,}" for part in parts)) for name in ("parameters", "active", "bytes")]
-    rows += [(f"memory: {kind}", *(f"{part['memory'][f'{kind}_bytes']:,}" for part in parts)) for kind in KINDS]
+    kinds = [kind for kind in KINDS if kind != "quantised" or any(part["memory"]["quantised_bytes"] for part in parts)]
+    rows += [(f"memory: {kind}", *(f"{part['memory'][f'{kind}_bytes']:,}" for part in parts)) for kind in kinds]
     rows += [(row[0][0], *(text for _, text in row)) for row in zip(*map(running_rows, parts), strict=True) if row[0][1]]
     output.table(("", *(part["part"] for part in parts)), rows, right=range(1, len(parts) + 1))
 

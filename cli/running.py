@@ -9,6 +9,7 @@ from .changing import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from ..models.changes import Change
     from ..models.memory import Allocation
@@ -24,20 +25,24 @@ LOADING = (
     "exact",
     "activations",
     "attention",
+    "weights",
     "poison_cache",
 )
 
 
 def load(name: str, running: dict[str, Any], changes: "Sequence[Change]" = ()) -> "Model":
-    """The model, with the options of `options.RUNNING`; one that does not have what `changes` mean is not read ahead."""
+    """The model, with the options of `options.RUNNING`; it has what `changes` mean."""
     from ..models.model import load as load_model
     from ..models.preload import read_ahead
 
-    loaded = load_model(name, **{key: running[key] for key in LOADING})
+    def preload(shards: "tuple[Path, ...]") -> None:
+        if not running["no_preload"]:
+            with output.byte_bar(f"reading {name}") as progress:
+                read_ahead(shards, progress)
+
+    with output.byte_bar(f"quantising {name}") as progress:
+        loaded = load_model(name, **{key: running[key] for key in LOADING}, preload=preload, progress=progress)
     check_names(loaded, changes)
-    if not running["no_preload"]:
-        with output.byte_bar(f"reading {name}") as progress:
-            read_ahead(loaded.checkpoint.shards, progress)
     return loaded
 
 
@@ -51,6 +56,7 @@ def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
         "threads": loaded.threads,
         "backend": loaded.kernels.name,
         "activations": loaded.kernels.activations,
+        "weights": loaded.kernels.weights,
         "moe": loaded.kernels.mixing.algorithm,
         "tokens_per_expert_ratio": loaded.kernels.mixing.ratio,
     }
@@ -71,9 +77,10 @@ def memory_lines(pieces: "Iterable[Allocation]") -> list[str]:
         return f"{nbytes:,}" if nbytes else "-"
 
     pieces = tuple(pieces)
-    rows = [(part, *(cell(sizes.get(kind)) for kind in KINDS), status) for part, sizes, status in memory_rows(pieces)]
-    rows.append(("total", *(f"{total(pieces, kind):,}" for kind in KINDS), ""))
-    return output.table_lines(("memory", *KINDS, "status"), rows, right=(1, 2, 3, 4))
+    kinds = [kind for kind in KINDS if kind != "quantised" or total(pieces, kind)]
+    rows = [(part, *(cell(sizes.get(kind)) for kind in kinds), status) for part, sizes, status in memory_rows(pieces)]
+    rows.append(("total", *(f"{total(pieces, kind):,}" for kind in kinds), ""))
+    return output.table_lines(("memory", *kinds, "status"), rows, right=range(1, len(kinds) + 1))
 
 
 def show_memory(loaded: "Model", room: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import activation, attention, matmul, moe, mxfp4, norm, pairs, rotary, routing
+from . import activation, attention, matmul, moe, mxfp4, norm, pairs, q8, rotary, routing
 from .errors import ToyllmError
 from .host import choose_backend
 
@@ -33,9 +33,12 @@ class Backend:
     rotate: Callable[..., None]
     route: Callable[..., None]
     matmul_mxfp4: Callable[..., None]
+    matmul_q8: Callable[..., None]
+    quantize: Callable[[np.ndarray], q8.Q8]
     fused: bool  # whether a single token's experts are computed in one go
     mixing: moe.Mixing = field(default_factory=moe.Mixing)
     activations: str = "f32"  # of products of many rows: one of ACTIVATIONS
+    weights: str = "stored"  # how dense weights are held: one of WEIGHTS; `matmul` takes both forms where it is "q8"
 
     def mixture(self, *arguments: Any) -> None:
         """`moe.mix` with this backend's products."""
@@ -54,6 +57,10 @@ def _reference_mxfp4(x, blocks, scales, bias, out, panels) -> None:  # noqa: ARG
     mxfp4.matmul_mxfp4_reference(x, blocks, scales, bias, out)
 
 
+def _reference_q8(x, w, bias, out, panels) -> None:  # noqa: ARG001
+    q8.matmul_q8_reference(x, w, bias, out)
+
+
 def _reference_route(logits, experts, weights) -> None:
     experts[...], weights[...] = routing.route_reference(logits, experts.shape[1])
 
@@ -68,12 +75,16 @@ TILES: dict[str, Any] = {
     "rotate": rotary.rotate_kernel,
     "route": routing.route_kernel,
     "matmul_mxfp4": mxfp4.matmul_mxfp4_kernel,
+    "matmul_q8": q8.matmul_q8_kernel,
+    "quantize": q8.quantize_kernel,
     "fused": True,
 }
 PORTABLE = TILES | {
     "matmul": matmul.matmul_portable,
     "attention": attention.attention_portable,
     "matmul_mxfp4": mxfp4.matmul_mxfp4_portable,
+    "matmul_q8": q8.matmul_q8_portable,
+    "quantize": q8.quantize_portable,
     "fused": False,
 }
 NUMPY = {
@@ -86,6 +97,8 @@ NUMPY = {
     "rotate": rotary.rotate_reference,
     "route": _reference_route,
     "matmul_mxfp4": _reference_mxfp4,
+    "matmul_q8": _reference_q8,
+    "quantize": q8.quantize_reference,
     "fused": False,
 }
 TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
@@ -93,20 +106,35 @@ TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
 
 ACTIVATIONS = ("f32", "bf16")
 ATTENTION = ("fused", "plain")
+WEIGHTS = ("stored", "q8")
 BF16 = {"matmul": pairs.matmul_bf16_kernel, "matmul_mxfp4": pairs.matmul_mxfp4_bf16_kernel}
 
 
-def backend(name: str = "auto", mixing: moe.Mixing | None = None, activations: str = "f32", step: str = "fused") -> Backend:
+def with_q8(matmul: Callable[..., None], matmul_q8: Callable[..., None]) -> Callable[..., None]:
+    """A `matmul` whose weights may be in 8 bits, too."""
+
+    def product(x: np.ndarray, w: np.ndarray | q8.Q8, bias: np.ndarray, out: np.ndarray, panels: np.ndarray) -> None:
+        (matmul_q8 if isinstance(w, q8.Q8) else matmul)(x, w, bias, out, panels)
+
+    return product
+
+
+def backend(
+    name: str = "auto", mixing: moe.Mixing | None = None, activations: str = "f32", step: str = "fused", weights: str = "stored"
+) -> Backend:
     """The backend of that name, or the best for this processor.
 
     `activations` "bf16" lets products of many rows round them, where the processor gains by it; `step` "plain" computes attention
-    unfused. Raises ToyllmError for what it does not know or cannot run.
+    unfused; `weights` "q8" lets weights be in 8 bits, which are multiplied in f32 whatever `activations` says. Raises ToyllmError for
+    what it does not know or cannot run.
     """
     chosen = choose_backend(name)
     if activations not in ACTIVATIONS:
         raise ToyllmError(f"--activations {activations}: expected {' or '.join(ACTIVATIONS)}")
     if step not in ATTENTION:
         raise ToyllmError(f"--attention {step}: expected {' or '.join(ATTENTION)}")
+    if weights not in WEIGHTS:
+        raise ToyllmError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
     functions = TABLE[chosen]
     if activations == "bf16" and chosen == "avx512" and pairs.AVAILABLE:
         functions = functions | BF16
@@ -115,4 +143,6 @@ def backend(name: str = "auto", mixing: moe.Mixing | None = None, activations: s
         activations = "f32"
     if step == "plain":
         functions = functions | {"attention": attention.attention_plain}
-    return Backend(chosen, **functions, mixing=mixing or moe.Mixing(), activations=activations)
+    if weights == "q8":
+        functions = functions | {"matmul": with_q8(functions["matmul"], functions["matmul_q8"])}
+    return Backend(chosen, **functions, mixing=mixing or moe.Mixing(), activations=activations, weights=weights)

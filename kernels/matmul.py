@@ -165,8 +165,8 @@ def _many_by_output(x, w, bias, out, panels):
 
 
 def panels_for(K: int) -> int:
-    """f32 values of scratch a thread needs for products with K inputs and many rows, in f32 or in bf16."""
-    return OUTPUTS * (K + 4)
+    """f32 values of scratch a thread needs for products with K inputs and many rows, in f32, in bf16 or from blocks of 32."""
+    return OUTPUTS * (K + 31)
 
 
 def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray, panels: np.ndarray) -> None:

@@ -4,7 +4,7 @@
     z = gate · sigmoid(α · gate) · (up + 1);   out = Σ_e weight_e · (down[e] · z + b)
 
 x f32 [T, D]; gate_up[e] [2F, D], its even rows the gate and its odd ones up, and down[e] [D, F], in MXFP4 as stored or as matrices
-[D, 2F] and [F, D] in f32, f16 or bf16. The sum over a token's experts runs by ascending expert, whichever algorithm computes it:
+[D, 2F] and [F, D] in f32, f16, bf16 or 8 bits. The sum over a token's experts runs by ascending expert, whichever algorithm computes it:
 
 * `single`: one token, MXFP4; two parallel regions in which only the chosen experts' bytes are read.
 * `assigned`: for each expert the tokens it is given, in one product. `group` gives it those that chose it (exact), `everything` all
@@ -26,6 +26,7 @@ from .fp4 import BLOCK, SCALES
 from .jit import exact, kernel
 from .matmul import ROWS
 from .mxfp4 import one_rows, split_halves
+from .q8 import Q8
 
 ONE = np.float32(1)
 log = logging.getLogger("toyllm")
@@ -46,16 +47,17 @@ class Mxfp4(NamedTuple):
 class Experts:
     """The experts of a layer."""
 
-    gate_up: Mxfp4 | np.ndarray  # [E, 2F, D], or a matrix [E, D, 2F]
+    gate_up: Mxfp4 | np.ndarray | tuple[Q8, ...]  # [E, 2F, D], or a matrix [E, D, 2F], in 8 bits one by one
     gate_up_bias: np.ndarray  # f32 [E, 2F]
-    down: Mxfp4 | np.ndarray  # [E, D, F], or a matrix [E, F, D]
+    down: Mxfp4 | np.ndarray | tuple[Q8, ...]  # [E, D, F], or a matrix [E, F, D]
     down_bias: np.ndarray  # f32 [E, D]
     limit: float
     alpha: float
 
 
 Assignment = tuple[int, np.ndarray, np.ndarray]  # an expert, its tokens int64 [n] in ascending order, their weights f32 [n]
-Product = Callable[[np.ndarray, Mxfp4 | np.ndarray, np.ndarray, np.ndarray], None]  # (x, w, bias, out)
+Matrix = Mxfp4 | np.ndarray | Q8
+Product = Callable[[np.ndarray, Matrix, np.ndarray, np.ndarray], None]  # (x, w, bias, out)
 Watch = Callable[[int, np.ndarray, str, np.ndarray], None]  # (an expert, its tokens, a part, its values)
 
 
@@ -168,7 +170,7 @@ def assigned(
         _add_weighted(y, tokens, weights, out)
 
 
-def matrix_of(w: Mxfp4 | np.ndarray, e: int) -> Mxfp4 | np.ndarray:
+def matrix_of(w: Mxfp4 | np.ndarray | tuple[Q8, ...], e: int) -> Matrix:
     """Expert e's matrix."""
     return w.of(e) if isinstance(w, Mxfp4) else w[e]
 
@@ -268,7 +270,7 @@ def mix(mixing, matmul, matmul_mxfp4, fused, x, logits, experts, weights, w, out
     E, k = logits.shape[1], experts.shape[1]
     panels = scratch[-1]
 
-    def product(x: np.ndarray, matrix: Mxfp4 | np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    def product(x: np.ndarray, matrix: Matrix, bias: np.ndarray, out: np.ndarray) -> None:
         if isinstance(matrix, Mxfp4):
             matmul_mxfp4(x, matrix.blocks, matrix.scales, bias, out, panels)
         else:

@@ -7,7 +7,7 @@ vocabulary by a fixed seed, so that all backends and threads do the same work, a
 
 Decoding is bounded by memory: beside its time stand the bytes that a token has to read, and how fast this machine reads, measured between
 the repetitions. Prefill is bounded by arithmetic: beside its time stand the operations. Both are counted as params.py and memory.py
-count them, each weight once as stored, in a mixture those of the experts that run on the token; the head is computed once a prompt.
+count them, each weight once as it is held, in a mixture those of the experts that run on the token; the head is computed once a prompt.
 """
 
 import logging
@@ -26,7 +26,7 @@ from ..kernels.errors import ToyllmError
 from ..kernels.stream import read_stream, stream_array
 from ..kernels.threads import set_threads
 from .generation import Settings, clock
-from .memory import Running, per_token
+from .memory import Running, held, per_token
 from .model import RESERVE
 from .params import Anatomy, anatomy, sizes
 from .parts import Part, whole
@@ -98,9 +98,9 @@ class Work:
         return self.weight_bytes + self.cache_bytes
 
 
-def work_of(a: Anatomy, test: Test, cache_dtype: str, every_expert: bool = False) -> Work:
-    """Counted; `every_expert` says that a decoded token runs all experts."""
-    entries = whole(a).entries
+def work_of(a: Anatomy, test: Test, cache_dtype: str, every_expert: bool = False, weights: str = "stored") -> Work:
+    """Counted; `every_expert` says that a decoded token runs all experts, `weights` how dense ones are held."""
+    entries = held(whole(a).entries, weights)
     position = per_token(a, Part("a layer", (), range(1)), Running(1, cache_dtype))  # of attention, for one that a query sees
     seen = sum(n * positions_seen(window, test) for window, n in Counter(sizes(a.config).windows).items())
     head = sum(e.flops for e in entries if e.multiplied and e.component in ("embedding", "head"))
@@ -211,8 +211,7 @@ def set_up(model: "Model", tests: Sequence[Test], room: int) -> Bench:
 
 def make_stream(model: "Model", cache_bytes: int) -> np.ndarray:
     """Memory to read: `STREAM` bytes, or what is free beside weights and cache, which is said. Raises ToyllmError."""
-    weights = sum(path.stat().st_size for path in model.checkpoint.shards)
-    nbytes = stream_bytes(available_memory(), weights, cache_bytes)
+    nbytes = stream_bytes(available_memory(), model.mapped_bytes, cache_bytes)
     while True:
         try:
             stream = stream_array(nbytes)
@@ -253,7 +252,7 @@ def measure(bench: Bench, test: Test, repetitions: int, tell: Tell, now: Clock =
 def work(bench: Bench, test: Test) -> Work:
     """What the test has to do, as the model runs."""
     every_expert = bench.model.kernels.mixing.algorithm in ("all", "budget")  # a single token's budget is never below all of them
-    return work_of(bench.anatomy, test, bench.model.cache_dtype, every_expert)
+    return work_of(bench.anatomy, test, bench.model.cache_dtype, every_expert, bench.model.kernels.weights)
 
 
 def repeat(

@@ -26,6 +26,7 @@ from .weights import Spec, log, match, matrix, vector
 
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
+    from ..kernels.q8 import Q8
 
 # ---- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -119,9 +120,9 @@ def specs(c: Config) -> dict[str, Spec]:
 
 @dataclass(frozen=True)
 class Affine:
-    """A weight with its bias: a Conv1D ([in, out] as stored, [out] f32) or a LayerNorm ([D] f32 both)."""
+    """A weight with its bias: a Conv1D ([in, out] as stored or in 8 bits, [out] f32) or a LayerNorm ([D] f32 both)."""
 
-    weight: np.ndarray
+    weight: "np.ndarray | Q8"
     bias: np.ndarray
 
 
@@ -137,15 +138,18 @@ class Block:
     down: Affine
 
 
+DENSE = ("qkv", "out", "up", "down")  # the parts of a block that are products with a matrix
+
+
 @dataclass(frozen=True)
 class Weights:
-    """The weights of the model: matrices as stored, in the memory map."""
+    """The weights of the model: matrices as stored, in the memory map, those of products perhaps in 8 bits (models.quantise)."""
 
     embed: np.ndarray  # [V, D]
     position: np.ndarray  # [P, D]
     blocks: tuple[Block, ...]
     norm_f: Affine
-    head: np.ndarray  # [D, V], a transposed view
+    head: "np.ndarray | Q8"  # [D, V], a transposed view
 
 
 def load_weights(checkpoint: Checkpoint, c: Config) -> Weights:

@@ -28,6 +28,7 @@ from .weights import Spec, match, matrix, mxfp4_bytes, vector
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
     from ..kernels.moe import Experts, Mxfp4
+    from ..kernels.q8 import Q8
 
 # ---- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -217,9 +218,9 @@ def specs(c: Config, names: frozenset[str] = frozenset()) -> dict[str, Spec]:
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [in, out], a transposed view of the stored one, with its bias f32 [out]."""
+    """A weight [in, out], a transposed view of the stored one or in 8 bits, with its bias f32 [out]."""
 
-    weight: np.ndarray
+    weight: "np.ndarray | Q8"
     bias: np.ndarray
 
 
@@ -238,14 +239,17 @@ class Block:
     experts: "Experts"
 
 
+DENSE = ("q", "k", "v", "out")  # the parts of a block that are products with a matrix, but for the small router
+
+
 @dataclass(frozen=True)
 class Weights:
-    """The weights of the model: matrices and experts as stored, in the memory map."""
+    """The weights of the model: matrices and experts as stored, in the memory map, dense ones perhaps in 8 bits (models.quantise)."""
 
     embed: np.ndarray  # [V, D]
     blocks: tuple[Block, ...]
     norm_f: np.ndarray
-    head: np.ndarray  # [D, V], a transposed view
+    head: "np.ndarray | Q8"  # [D, V], a transposed view
 
 
 def load_weights(checkpoint: Checkpoint, c: Config) -> Weights:

@@ -1,9 +1,11 @@
 """What it takes to run a model, known before it is loaded: memory piece by piece, and the bytes and operations of a decoded token.
 
 A plan is a tuple of `Allocation`s. Whoever makes them marks them allocated or failed, so that one table shows what was planned and what
-came of it. Weights are pages of the memory map, which the system may drop and read again; all else has to stay.
+came of it. Weights are pages of the memory map, which the system may drop and read again; all else has to stay. Of weights that have a
+copy in 8 bits the map is not read any more, and does not count.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,11 +13,13 @@ from typing import Any
 
 from ..kernels.errors import ToyllmError
 from .cache import BLOCK, DTYPES
-from .params import Anatomy, anatomy, one_layer, sizes
+from .params import Anatomy, Entry, anatomy, one_layer, sizes
 from .parts import Part, whole
 
 PLANNED, ALLOCATED, FAILED = "planned", "allocated", "failed"
-KINDS = ("weights", "widened", "cache", "work")
+KINDS = ("weights", "quantised", "widened", "cache", "work")
+WEIGHTS = ("stored", "q8")
+Q8, Q8_BLOCK, Q8_BYTES = "Q8", 32, 34  # a dtype: weights of a block, and its bytes, an integer each and a scale in f16
 ENGINE = 256 * 2**20  # bytes for the interpreter, the compiled kernels and what they allocate in passing
 
 
@@ -26,9 +30,10 @@ class Running:
     context: int
     cache_dtype: str = "f32"
     prefill_chunk: int = 512
+    weights: str = "stored"  # or "q8": dense ones are copied in 8 bits
 
 
-def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int) -> Running:
+def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int, weights: str = "stored") -> Running:
     """Checked; a `context` of None is the model's. Raises ToyllmError."""
     most = a.config.context
     if context is not None and not 1 <= context <= most:
@@ -37,7 +42,26 @@ def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: in
         raise ToyllmError(f"--cache-dtype {cache_dtype}: expected {' or '.join(DTYPES)}")
     if prefill_chunk < 1:
         raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
-    return Running(most if context is None else context, cache_dtype, prefill_chunk)
+    if weights not in WEIGHTS:
+        raise ToyllmError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
+    return Running(most if context is None else context, cache_dtype, prefill_chunk, weights)
+
+
+def held(entries: Iterable[Entry], weights: str) -> tuple[Entry, ...]:
+    """The tensors as a run holds them: with "q8" the copies in place of dense matrices; a tied embedding is looked up as stored."""
+    if weights == "stored":
+        return tuple(entries)
+    made = []
+    for e in entries:
+        if e.inputs is None or not e.multiplied:
+            made.append(e)
+            continue
+        if e.looked_up:
+            made.append(replace(e, multiplied=False))
+        K = e.shape[e.inputs]
+        nbytes = math.prod(e.shape) // max(K, 1) * -(-K // Q8_BLOCK) * Q8_BYTES
+        made.append(replace(e, dtype=Q8, nbytes=nbytes, looked_up=False))
+    return tuple(made)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------------
@@ -48,17 +72,22 @@ class Allocation:
     """One piece of memory."""
 
     part: str  # "input", "layer 3", "head", "buffers", "engine"
-    kind: str  # of KINDS: mapped weights, their f32 copies, keys and values, work space
+    kind: str  # of KINDS: mapped weights, copies in 8 bits, copies in f32, keys and values, work space
     nbytes: int
     status: str = PLANNED
 
 
 def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
     """Everything that the part allocates for one sequence, in the order of a forward pass."""
+    entries = held(part.entries, run.weights)
 
     def weights(name: str, layer: int | None, head: bool = False) -> list[Allocation]:
-        mine = [e for e in part.entries if e.layer == layer and (layer is not None or head != e.looked_up)]
-        figures = {"weights": sum(e.nbytes for e in mine), "widened": sum(e.widened for e in mine)}
+        mine = [e for e in entries if e.layer == layer and (layer is not None or head != e.looked_up)]
+        figures = {
+            "weights": sum(e.nbytes for e in mine if e.dtype != Q8),
+            "quantised": sum(e.nbytes for e in mine if e.dtype == Q8),
+            "widened": sum(e.widened for e in mine),
+        }
         return [Allocation(name, kind, nbytes) for kind, nbytes in figures.items() if nbytes]
 
     pieces = weights("input", None)
@@ -95,7 +124,7 @@ def threads() -> int:
 def of_model(model: Any, context: int) -> tuple[Allocation, ...]:
     """What a loaded model allocates to run one sequence of so many positions."""
     a = anatomy(model.files)
-    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk))
+    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk, model.kernels.weights))
 
 
 def mark(pieces: Iterable[Allocation], kind: str, status: str) -> tuple[Allocation, ...]:
@@ -140,7 +169,7 @@ def verdict(needed: int, mapped: int, available: int | None) -> str:
 class PerToken:
     """What decoding one token takes, at the last position of the context."""
 
-    weight_bytes: int  # as stored
+    weight_bytes: int  # as stored, or in 8 bits
     cache_bytes: int
     flops: int  # of matrix products and attention
 
@@ -160,4 +189,5 @@ def per_token(a: Anatomy, part: Part, run: Running) -> PerToken:
     seen = sum(min(run.context, s.windows[i] or run.context) for i in part.layers)
     cell = 2 * s.G // part.shards * s.Dh * DTYPES[run.cache_dtype].itemsize
     attention = 4 * s.H // part.shards * s.Dh * seen  # q · k and the sum of v, a product and a sum each
-    return PerToken(sum(e.read for e in part.entries), cell * seen, sum(e.flops for e in part.entries) + attention)
+    entries = held(part.entries, run.weights)
+    return PerToken(sum(e.read for e in entries), cell * seen, sum(e.flops for e in entries) + attention)

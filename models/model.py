@@ -2,9 +2,10 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,15 @@ class Model:
         budget = self.kernels.mixing.algorithm == "budget"
         return replace(self, changes=resolve(self.config, changes, prompt, positions, budget))
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files that tokens read: all, but those of weights that have copies in 8 bits."""
+        if self.kernels.weights == "stored":
+            return sum(path.stat().st_size for path in self.checkpoint.shards)
+        from .memory import of_model, total
+
+        return total(of_model(self, 1), "weights")
+
     def context_for(self, wanted: int | None) -> int:
         """Positions to make a KV cache for: `wanted`, or the model's context reduced, with a note, to what fits in memory.
 
@@ -84,7 +94,7 @@ class Model:
         free = available_memory()
         if free is None:
             return wanted or most
-        weights = sum(path.stat().st_size for path in self.checkpoint.shards)
+        weights = self.mapped_bytes
         room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
 
         def needs(context: int) -> int:
@@ -179,6 +189,10 @@ def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:
         raise ToyllmError(f"token id {array[outside[0]]} (number {outside[0] + 1} of {len(array)}): expected 0 to {vocab_size - 1}")
 
 
+def ignore(*_: object) -> None:
+    """Nothing is to be done."""
+
+
 def load(
     name: str,
     backend: str = "auto",
@@ -191,17 +205,23 @@ def load(
     exact: bool = False,
     activations: str = "f32",
     attention: str = "fused",
+    weights: str = "stored",
+    preload: Callable[[tuple[Path, ...]], None] = ignore,
+    progress: Callable[[int, int], None] = ignore,
 ) -> Model:
     """Load a model: a folder, a .safetensors file, an embedded model's name, or a repo id in the local Hugging Face cache.
 
-    The weights stay in the memory map. `backend` is one of kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the
-    physical cores), `prefill_chunk` the most tokens a pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache`
-    fills the KV cache with NaN; `moe` is one of kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `activations` "bf16"
-    lets products of many rows round activations, where the processor gains by it; `exact` forbids it. `attention` is one of
-    kernels.backends.ATTENTION: "plain" computes it unfused, to check. Raises ToyllmError for what cannot be found, read or run.
+    The weights stay in the memory map; with `weights` "q8" the dense ones are copied in 8 bits, and the copies used. `backend` is one of
+    kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the physical cores), `prefill_chunk` the most tokens a
+    pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache` fills the KV cache with NaN; `moe` is one of
+    kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `activations` "bf16" lets products of many rows round activations,
+    where the processor gains by it; `exact` forbids that and copies. `attention` is one of kernels.backends.ATTENTION: "plain" computes
+    it unfused, to check. `preload` is called with the files when all is found right and before they are read, `progress` with the
+    bytes of weights copied so far and in all, where that takes long. Raises ToyllmError for what cannot be found, read or run.
     """
-    if exact and activations != "f32":
-        raise ToyllmError(f"--exact is f32 throughout, --activations {activations} is not: drop one of them")
+    for option, value, usual in (("activations", activations, "f32"), ("weights", weights, "stored")):
+        if exact and value != usual:
+            raise ToyllmError(f"--exact is f32 throughout, --{option} {value} is not: drop one of them")
     if prefill_chunk < 1:
         raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
     if cache_dtype not in DTYPES:
@@ -213,13 +233,19 @@ def load(
     from ..kernels.host import compile_for
 
     backend = compile_for(backend)
-    weights = family.load_weights(checkpoint, config)
+    stored = family.load_weights(checkpoint, config)
     tokenizer = load_tokenizer(files)
 
     from ..kernels.backends import backend as choose
     from ..kernels.moe import check_mixing
     from ..kernels.threads import set_threads
 
-    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention)
+    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention, weights)
     threads = set_threads(threads)
-    return Model(files, family, config, checkpoint, weights, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)
+    model = Model(files, family, config, checkpoint, stored, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)
+    preload(checkpoint.shards)
+    if weights == "q8":
+        from .quantise import quantise
+
+        quantise(model, progress)
+    return model

@@ -90,6 +90,7 @@ class Entry:
     counted: bool = True  # as parameters
     multiplied: bool = True  # with every token
     looked_up: bool = False  # a token takes one row of it
+    inputs: int | None = None  # the axis of inputs, of a dense matrix: what can be quantised
 
     @property
     def layer(self) -> int | None:
@@ -146,11 +147,20 @@ def component_of(key: str, s: Sizes) -> str:
     return "router" if part == "router" else "attention"
 
 
+def inputs_axis(key: str, component: str, c: Any) -> int | None:
+    """The axis of inputs of a dense matrix, or of each expert's: 0 in GPT-2's Conv1D, 1 in all others; None for what is none."""
+    if key in ("embed", "head"):
+        return 1
+    if not key.endswith(".weight") or component not in ("attention", "mlp", "experts"):
+        return None
+    return 0 if isinstance(c, gpt2.Config) else 1
+
+
 def entry(key: str, spec: Spec, name: str, dtype: str, nbytes: int, c: Any) -> Entry:
     """The entry of a tensor of the architecture."""
     s = sizes(c)
     component, tied = component_of(key, s), c.tie_word_embeddings
-    made = Entry(key, name, dtype, spec.shape, nbytes, component, shard_axis=spec.shard_axis)
+    made = Entry(key, name, dtype, spec.shape, nbytes, component, shard_axis=spec.shard_axis, inputs=inputs_axis(key, component, c))
     if component == "embedding":
         return replace(made, looked_up=True, multiplied=key == "embed" and tied)
     if component == "head" and tied:

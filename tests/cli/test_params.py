@@ -85,7 +85,7 @@ def test_the_json_document(moe: str, capsys: pytest.CaptureFixture) -> None:
         assert sum(group["parameters"] for group in document[groups]) == document["parameters"]
         assert sum(group["bytes"] for group in document[groups]) == document["bytes"]
     assert [group["component"] for group in document["components"]] == ["embedding", "attention", "router", "experts", "norms", "head"]
-    assert document["running"] == {"context": 100, "cache_dtype": "bf16", "prefill_chunk": 512}
+    assert document["running"] == {"context": 100, "cache_dtype": "bf16", "prefill_chunk": 512, "weights": "stored"}
     needs, token = document["memory"], document["token"]
     assert sum(piece["bytes"] for piece in needs["pieces"]) == needs["needed_bytes"]
     assert needs["cache_bytes"] == 2048 * 100
@@ -94,6 +94,29 @@ def test_the_json_document(moe: str, capsys: pytest.CaptureFixture) -> None:
     (file,) = document["files"]
     assert file["header_bytes"] + file["tensor_bytes"] == file["bytes"]
     assert file["tensor_bytes"] == document["bytes"]
+
+
+def test_the_plan_of_weights_in_8_bits(moe: str, capsys: pytest.CaptureFixture) -> None:
+    """Attention and the head in blocks of 34 bytes, in place of their pages of the map."""
+
+    def document(*more: str) -> dict:
+        assert run(["params", "-m", moe, "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    stored, found = document(), document("--weights", "q8")
+    weights = 2880 * (2 * 4096 + 2 * 512 + 64)
+    assert (stored["memory"]["quantised_bytes"], found["memory"]["quantised_bytes"]) == (0, weights // 32 * 34)
+    assert found["memory"]["weights_bytes"] == stored["memory"]["weights_bytes"] - 2 * weights
+    assert found["token"]["weight_bytes"] == stored["token"]["weight_bytes"] - 2 * weights + weights // 32 * 34
+    assert (found["bytes"], found["components"], found["token"]["flops"]) == tuple(
+        value for value in (stored["bytes"], stored["components"], stored["token"]["flops"])
+    )
+    assert found["running"]["weights"] == "q8"
+    for options, table in (([], 3), (["--shards", "2"], 3)):
+        assert run(["params", "-m", moe, "--weights", "q8", *options]) == 0
+        assert "quantised" in capsys.readouterr().out.split("\n\n")[table]
+        assert run(["params", "-m", moe, *options]) == 0
+        assert "quantised" not in capsys.readouterr().out
 
 
 def test_a_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -163,6 +186,7 @@ def test_a_hostile_name_that_is_a_buffer_is_shown_harmlessly(tmp_path: Path, cap
         (["--bandwidth", "0"], 2, "--bandwidth 0.0: expected a number above 0"),
         (["--bandwidth", "nan"], 2, "--bandwidth nan: expected a number above 0"),
         (["--context", "1025"], 1, "--context 1025: expected 1 to"),
+        (["--weights", "q4"], 1, "--weights q4: expected stored or q8"),
         (["--config", "absent.json"], 1, "absent.json: cannot be read"),
         (["--config", "endless.json"], 1, "n_layer: expected an integer from 1 to 10000, found 2000000000"),
         (["--shards", "7"], 1, "--shards 7: expected a divisor"),

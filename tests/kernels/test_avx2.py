@@ -30,6 +30,7 @@ def everything() -> dict[str, np.ndarray]:
     from toyllm.kernels.moe import Experts, Mixing, Mxfp4
     from toyllm.kernels.mxfp4 import dequantize, matmul_mxfp4
     from toyllm.kernels.norm import rms_norm
+    from toyllm.kernels.q8 import matmul_q8, quantize
     from toyllm.kernels.rotary import rotate
     from toyllm.kernels.routing import route
     from toyllm.kernels.threads import thread_scratch
@@ -40,7 +41,10 @@ def everything() -> dict[str, np.ndarray]:
     codes, scales = rng.integers(0, 256, (101, 5, 16)).astype(np.uint8), rng.integers(120, 128, (101, 5)).astype(np.uint8)
     found["exact.dequantize"] = dequantize(codes, scales)
     found["exact.f16"] = matmul(x[:1], to_f16(w.T).T)
-    for M in (1, 7):
+    whole, rest = quantize(to_bf16(w)), quantize(w.T[:, :155].copy().T)
+    found |= {"exact.q8.values": whole.values, "exact.q8.scales": whole.scales.view(np.uint16), "exact.q8.rest": rest.values}
+    for M in (1, 3, 7):
+        found[f"exact.q8.{M}"] = matmul_q8(x[:M], whole)
         found[f"exact.mxfp4.{M}"] = matmul_mxfp4(x[:M], codes, scales)
         found[f"exact.by_input.{M}"] = matmul(x[:M], to_bf16(w))
         found[f"exact.by_output.{M}"] = matmul(x[:M], to_bf16(w.T).T)
@@ -73,10 +77,11 @@ def everything() -> dict[str, np.ndarray]:
 
 def assembly() -> str:
     """The machine code of the kernels that are LLVM text, as freshly compiled."""
-    from toyllm.kernels import attention, matmul, mxfp4
+    from toyllm.kernels import attention, matmul, mxfp4, q8
 
     everything()
-    kernels = (matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._few, mxfp4._many, mxfp4._dequantize, attention._attention)
+    kernels = [matmul._by_input, matmul.by_output, matmul._many_by_output, mxfp4._few, mxfp4._many, mxfp4._dequantize, attention._attention]
+    kernels += [q8._few, q8._many, q8._quantize_by_output, q8._quantize_by_input]
     return "".join(text for kernel in kernels for text in kernel.inspect_asm().values())
 
 

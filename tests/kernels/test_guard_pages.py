@@ -93,6 +93,28 @@ def mxfp4(at_end: bool) -> None:
             _many(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end), panels)
 
 
+def q8(at_end: bool) -> None:
+    """Weights to 8 bits in both orders and all formats, and products with them."""
+    from toyllm.kernels.dtypes import BF16, F16, F32
+    from toyllm.kernels.matmul import NO_BIAS, panels_for
+    from toyllm.kernels.q8 import Q8, _quantize_by_input, _quantize_by_output, matmul_q8_kernel
+    from toyllm.kernels.simd.ir import LANES
+    from toyllm.kernels.threads import max_threads
+
+    sizes = (1, 15, 16, 17, 31, 32, 33, 63, 65, 97)
+    for K, N in product(sizes, sizes):
+        n = -(-K // 32)
+        w = Q8(guarded((N, 32 * n), np.int8, at_end), guarded((N, n), F16, at_end), K)
+        for dtype in (F32, F16, BF16):
+            _quantize_by_output(guarded((N, K), dtype, at_end), w.values, w.scales)
+            panels = guarded((max_threads(), LANES * 32), F32, at_end)
+            _quantize_by_input(guarded((K, N), dtype, at_end), w.values, w.scales, panels)
+        bias = guarded((N,), F32, at_end) if N % 2 else NO_BIAS
+        panels = guarded((max_threads(), panels_for(K)), F32, at_end)
+        for M in (1, 2, 5, 7):
+            matmul_q8_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
+
+
 def experts(at_end: bool) -> None:
     """One token's experts, the first and the last among them."""
     from toyllm.kernels.matmul import ROWS
@@ -127,7 +149,7 @@ def run(what: str, *ends: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "experts"])
+@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "q8", "experts"])
 def test_nothing_outside_an_array_is_touched(what):
     done = run(what, "begin", "end")
     assert done.returncode == 0, done.stderr
@@ -139,6 +161,6 @@ def test_an_element_outside_would_be_noticed():
 
 
 if __name__ == "__main__":
-    check = {f.__name__: f for f in (products, attentions, mxfp4, experts, beyond)}[sys.argv[1]]
+    check = {f.__name__: f for f in (products, attentions, mxfp4, q8, experts, beyond)}[sys.argv[1]]
     for side in sys.argv[2:]:
         check(at_end=side == "end")

@@ -123,5 +123,39 @@ def test_every_backend_takes_the_same_arguments_and_agrees(rng, stored, error, n
         b.gelu_new(out[1])
         return out
 
-    for run in (products, norms, activations):
+    def in_8_bits(b: backends.Backend) -> np.ndarray:
+        out = np.empty((3, 5), np.float32)
+        b.matmul_q8(x, b.quantize(w), NO_BIAS, out, thread_scratch(4096))
+        return out
+
+    for run in (products, norms, activations, in_8_bits):
         assert error(run(kernels), run(plain)) < 1e-6
+
+
+@pytest.mark.parametrize("name", host.BACKENDS)
+def test_only_where_asked_for_does_a_product_look_whether_weights_are_in_8_bits(rng, stored, name):
+    if not host.supports(name):
+        pytest.skip("this processor cannot run it")
+    if numba.config.DISABLE_JIT and name not in ("portable", "numpy"):
+        pytest.skip("the compiler is off")
+    plain = backends.backend(name)
+    assert plain.weights == "stored"
+    assert plain.matmul is backends.TABLE[name]["matmul"]
+    x, w = rng.standard_normal((20, 40), np.float32), stored(rng.standard_normal((40, 5)), "bf16")
+
+    def product(b: backends.Backend, by: str, weights: object) -> np.ndarray:
+        out = np.empty((20, 5), np.float32)
+        getattr(b, by)(x, weights, NO_BIAS, out, thread_scratch(4096))
+        return out
+
+    for activations in backends.ACTIVATIONS:
+        either, stored_only = backends.backend(name, None, activations, weights="q8"), backends.backend(name, None, activations)
+        assert either.weights == "q8"
+        np.testing.assert_array_equal(product(either, "matmul", w), product(stored_only, "matmul", w))
+        made = either.quantize(w)
+        np.testing.assert_array_equal(product(either, "matmul", made), product(plain, "matmul_q8", made))
+
+
+def test_weights_of_another_kind_are_refused():
+    with pytest.raises(ToyllmError, match="--weights q4: expected stored or q8"):
+        backends.backend("numpy", weights="q4")

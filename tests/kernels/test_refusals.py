@@ -12,6 +12,7 @@ from toyllm.kernels.errors import ToyllmError
 from toyllm.kernels.matmul import matmul
 from toyllm.kernels.mxfp4 import dequantize, matmul_mxfp4
 from toyllm.kernels.norm import layer_norm, rms_norm
+from toyllm.kernels.q8 import Q8, dequantize_reference, matmul_q8, quantize, quantize_reference
 from toyllm.kernels.rotary import rotate
 from toyllm.kernels.routing import route
 from toyllm.kernels.sampling import largest, log_sum_exp, sample
@@ -21,6 +22,7 @@ weights = np.ones((4, 5), np.float32)
 weights.flags.writeable = False  # as from a memory map
 read_only = np.ones((3, 64), np.float32)
 read_only.flags.writeable = False
+in_8_bits = quantize_reference(np.ones((40, 3), np.float32))
 blocks, scales = np.zeros((3, 2, 16), np.uint8), np.full((3, 2), 127, np.uint8)
 cells, begin, end = np.arange(3, dtype=np.int32), np.ones(2, np.int64), np.full(2, 3)
 
@@ -37,10 +39,12 @@ CALLS: dict[Callable, dict[str, object]] = {
     largest: {"logits": vector, "n": 2},
     dequantize: {"blocks": blocks, "scales": scales, "out": np.ones((3, 64), np.float32)},
     matmul_mxfp4: {"x": np.ones((2, 64), np.float32), "blocks": blocks, "scales": scales, "bias": np.ones(3, np.float32)},
+    matmul_q8: {"x": np.ones((2, 40), np.float32), "w": in_8_bits, "bias": np.ones(3, np.float32)},
+    quantize: {"w": weights},
     route: {"logits": matrix, "k": 2},
     rotate: {"x": cube, "cos": np.ones((2, 2), np.float32), "sin": np.ones((2, 2), np.float32)},
 }
-OPTIONAL = [(matmul, "bias"), (matmul_mxfp4, "bias"), (dequantize, "out")]
+OPTIONAL = [(matmul, "bias"), (matmul_mxfp4, "bias"), (matmul_q8, "bias"), (dequantize, "out")]
 ARRAYS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, np.ndarray)]
 # What does not hold in their place, and what the error says.
 WRONG: list[tuple[Callable, dict[str, object], str]] = [
@@ -87,6 +91,17 @@ WRONG: list[tuple[Callable, dict[str, object], str]] = [
     (matmul_mxfp4, {"x": np.ones((2, 63), np.float32)}, r"x: expected shape \[any, 64\], found \[2, 63\]"),
     (matmul_mxfp4, {"x": to_bf16(np.ones((2, 64)))}, "x: expected f32, found bf16"),
     (matmul_mxfp4, {"bias": np.ones(64, np.float32)}, r"bias: expected shape \[3\], found \[64\]"),
+    (matmul_q8, {"w": weights}, "w: expected a Q8, found ndarray; kernels.q8.quantize makes one"),
+    (matmul_q8, {"w": in_8_bits._replace(K=32)}, "w.K: expected as many inputs as 2 blocks of 32 are for, found 32"),
+    (matmul_q8, {"w": in_8_bits._replace(K=65)}, "w.K: expected as many inputs as 2 blocks of 32 are for, found 65"),
+    (matmul_q8, {"w": in_8_bits._replace(scales=in_8_bits.scales[:2])}, r"w.values: expected shape \[2, 64\], found \[3, 64\]"),
+    (matmul_q8, {"w": in_8_bits._replace(scales=np.ones((3, 2), np.float32))}, "w.scales: expected f16, found f32"),
+    (matmul_q8, {"w": in_8_bits._replace(values=in_8_bits.values.view(np.uint8))}, "w.values: expected int8, found uint8"),
+    (matmul_q8, {"w": in_8_bits._replace(values=np.repeat(in_8_bits.values, 2, 1)[:, ::2])}, "w.values: expected a C-contiguous array"),
+    (matmul_q8, {"x": np.ones((2, 64), np.float32)}, r"x: expected shape \[any, 40\], found \[2, 64\]"),
+    (matmul_q8, {"bias": np.ones(40, np.float32)}, r"bias: expected shape \[3\], found \[40\]"),
+    (quantize, {"w": np.ones((8, 10), np.float32)[::2, ::2]}, "w: expected a contiguous matrix or the transpose of one"),
+    (quantize, {"w": np.ones((3, 4))}, "w: expected f32 or f16 or bf16, found float64"),
     (route, {"k": 0}, "k: expected 1 to 4, the number of experts, found 0"),
     (route, {"k": 5}, "k: expected 1 to 4, the number of experts, found 5"),
     (route, {"normalization": "max"}, "normalization: expected softmax or linear, found 'max'"),
@@ -154,4 +169,5 @@ class TestEveryArray:
 @pytest.mark.parametrize("call", CALLS, ids=lambda a: a.__name__)
 def test_what_holds_is_computed(call):
     """The arguments that the others are changed from are sound."""
-    assert np.isfinite(call(**CALLS[call])).all()
+    found = call(**CALLS[call])
+    assert np.isfinite(dequantize_reference(found) if isinstance(found, Q8) else found).all()

@@ -163,7 +163,7 @@ def started(model: Model, options: argparse.Namespace, left_out: list[str], scra
             except (ToyllmError, OSError) as error:
                 if runner is model.runners[0]:
                     raise
-                left_out.append(f"{model.name}: {error}")
+                left_out.append(f"{model.name}: {error if isinstance(error, ToyllmError) else f'{runner.name}: {error}'}")
                 say(left_out[-1])
         yield workers
     finally:

@@ -22,7 +22,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[dict[str, ModuleType]]:
-    pytest.importorskip("gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)  # as when it is run as a script
         yield {name: importlib.import_module(name) for name in ("peers", "report", "setups", "streaming")}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import output
+from .changing import CHANGING, changes_entry, read_changes
 from .generate import token_text
 from .options import DEFAULT_MODEL, RUNNING, Group, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
@@ -25,7 +26,7 @@ RUN: Group = {key: value for key, value in RUNNING.items() if key != "context_si
 SECTIONS = ("lens", "norms", "attention", "routing")
 
 
-@takes(running=RUN)
+@takes(changing=CHANGING, running=RUN)
 def trace(
     context: typer.Context,
     prompt: Annotated[
@@ -47,6 +48,7 @@ def trace(
     stats: Stats = False,
     json: Json = False,
     *,
+    changing: dict[str, Any],
     running: dict[str, Any],
 ) -> None:
     """Show what a model does with a prompt at each layer.
@@ -58,6 +60,9 @@ def trace(
 
     A terminal shows as many layers as fit, or those that are named, below each other. The page holds all this and the attention maps of
     every head, and opens anywhere, without a network. Maps beyond 128 MiB are left out of it, with a note.
+
+    Activations can be changed as they are computed: patched, then scaled, then added to, then ablated. The lens is applied to the stream
+    as it then is, so a change of norm_f or of the logits is not in it.
     """
     began = time.perf_counter()
     chosen = parse_layers(context, layers)
@@ -66,8 +71,8 @@ def trace(
         from ..models.tensor_save import check_target
 
         check_target(html, (".html", ".htm"), force)
-    text_or_ids = read_prompt(context, prompt, prompt_ids)
-    loaded = load(model, running)
+    text_or_ids, changes = read_prompt(context, prompt, prompt_ids), read_changes(context, changing)
+    loaded = load(model, running, changes)
 
     from ..models.generation import clock, encode_prompt
     from ..models.params import sizes
@@ -77,6 +82,7 @@ def trace(
         from .trace_page import check_length
 
         check_length(len(ids))
+    loaded = loaded.changed(changes, len(ids), len(ids)) if changes else loaded
     L = sizes(loaded.config).L
     wanted = None if chosen is None else [number + L if -L <= number < 0 else number for number in chosen]
     found, timings = measured(loaded, ids, wanted, top, html is not None, time.perf_counter() - began, clock)
@@ -154,7 +160,7 @@ def document(loaded: "LoadedModel", found: "Trace", timings: dict[str, float | N
         "tokens": tokens,
         "layers": [layer_entry(loaded, layer) for layer in found.layers],
         "timings": timings,
-        "settings": settings_entry(loaded, len(found.ids)),
+        "settings": settings_entry(loaded, len(found.ids)) | changes_entry(loaded),
     }
 
 

@@ -49,7 +49,7 @@
   // ---- the prompt as it reads -----------------------------------------------------------------------------------------------
 
   const tokens = ids.map((id, t) => {
-    const parts = text(id).split(/(\n)/).map((part) => (part === "\n" ? [make("i", "↵"), "\n"] : part)).flat();
+    const parts = (trace.pieces[id] ?? `${id} `).split(/(\n)/).map((part) => (part === "\n" ? [make("i", "↵"), "\n"] : part)).flat();
     return make("span.t", parts, { role: "option", id: `t${t}`, "data-token": t });
   });
 
@@ -69,6 +69,9 @@
     element.classList.toggle("now", now);
     if (element.role) element.ariaSelected = now;
   }
+
+  /** How many choices of experts the tokens make in a layer. */
+  const sent = (layer) => row(data.counts, E, layer).reduce((sum, count) => sum + count, 0);
 
   function weightOf(expert, layer, t) {
     const at = (layer * T + t) * K;
@@ -157,7 +160,7 @@
     const place = $("picker"), wide = clamp((place.parentElement.clientWidth - 44) / n - 2, 2, 40), key = `${state.view} ${wide}`;
     if (picked !== key) {
       picked = key;
-      const values = routing ? Array.from(data.counts, (count) => count / (T * K)) : data.entropyOfHead;
+      const values = routing ? Array.from(data.counts, (count, i) => count / (sent(Math.floor(i / E)) || 1)) : data.entropyOfHead;
       const most = values.reduce((a, b) => Math.max(a, b), 0);
       place.style.gridTemplateColumns = `max-content repeat(${n}, ${wide}px)`;
       place.style.setProperty("--high", `${clamp(230 / L - 2, 7, 22)}px`);
@@ -185,10 +188,10 @@
   }
 
   function drawLoads() {
-    const counts = row(data.counts, E, state.layer), most = Math.max(...counts), { token } = focus();
+    const counts = row(data.counts, E, state.layer), most = Math.max(...counts) || 1, { token } = focus();
     const bars = Array.from(counts, (count, e) => {
       const bar = make("div.bar.even");
-      bar.style.setProperty("--even", (T * K) / E / most);
+      bar.style.setProperty("--even", sent(state.layer) / E / most);
       shade(bar, count / most);
       const mine = weightOf(e, state.layer, token);
       const line = make("div", [make("span", `expert ${e}`), bar, make("span.value", mine ? [make("span.of", percent(mine)), ` ${count}`] : String(count))]);
@@ -196,7 +199,7 @@
       mark(line, e === state.expert);
       return line;
     });
-    const imbalance = (most * E) / (T * K);
+    const imbalance = (most * E) / (sent(state.layer) || 1);
     $("loads").replaceChildren(
       make("div.bars", bars),
       make("p.note", [`Tokens of each expert; the line is an even load. Most over mean: ${imbalance.toFixed(2)}. `, make("span.of", "Orange"), ": where the chosen token goes."]),
@@ -485,8 +488,8 @@
     $("tabs").append(...Object.entries(VIEWS).map(([view, name]) => make("button", name, { role: "tab", type: "button", id: `tab-${view}`, "data-view": view })));
     $("choices").append(...Object.entries(FIGURES).map(([of, [name]]) => make("button", name, { type: "button", "data-figure": of })));
     $("prose").append(...tokens);
-    if (trace.notice) {
-      $("notice").textContent = trace.notice;
+    if (trace.notices.length) {
+      $("notice").textContent = trace.notices.join(" ");
       show("notice", true);
     }
     dark.addEventListener("change", () => set({}));

@@ -75,7 +75,7 @@ def embedded(document: dict[str, Any]) -> str:
 
 def packed(array: np.ndarray, dtype: str) -> dict[str, str]:
     """An array as the script unpacks it."""
-    data = zlib.compress(np.ascontiguousarray(array, f"<{dtype}").tobytes(), 9)
+    data = zlib.compress(np.ascontiguousarray(array, f"<{dtype}").tobytes(), 6)
     return {"type": dtype, "packed": base64.b64encode(data).decode()}
 
 
@@ -109,7 +109,7 @@ def content(loaded: "Model", found: "Trace") -> dict[str, Any]:
     return {
         "model": loaded.files.name,
         "facts": f"{T:,} tokens through {s.L} layers of {s.H} heads{experts}",
-        "notice": None if maps else NO_MAPS,
+        "notices": [*changed(loaded), *([] if maps else [NO_MAPS])],
         "ids": found.ids,
         "pieces": {str(i): piece(loaded.tokenizer, i) for i in sorted(known)} if loaded.tokenizer else {},
         "layers": [layer.number for layer in layers],
@@ -120,6 +120,12 @@ def content(loaded: "Model", found: "Trace") -> dict[str, Any]:
         "arrays": arrays,
         "maps": maps or None,
     }
+
+
+def changed(loaded: "Model") -> list[str]:
+    """What was changed as the model ran, in a sentence, if anything was."""
+    made = loaded.changes.made if loaded.changes else ()
+    return [output.one_line(f"Changed as it ran: {', '.join(map(str, made))}.")] if made else []
 
 
 def piece(tokenizer: "Tokenizer", token: int) -> str:

@@ -128,11 +128,11 @@ def routing_tables(tokenizer: "Tokenizer | None", found: "Trace", piece: int | N
         labels(tokenizer, found, piece),
         {number: route_cells(routing) for number, routing in routed.items()},
     )
-    E = len(next(iter(routed.values())).counts)
-    most = max(float(routing.shares.max()) for routing in routed.values())
+    first = next(iter(routed.values()))
+    most = max(float(routing.shares.max()) for routing in routed.values()) or 1.0
     yield Table(
-        f"load: tokens of each expert, {len(found.ids) * next(iter(routed.values())).experts.shape[1] / E:.4g} if all were loaded alike",
-        [*map(str, range(E)), "max/mean"],
+        f"load: tokens of each expert, {first.counts.mean():.4g} if all were loaded alike",
+        [*map(str, range(len(first.counts))), "max/mean"],
         {number: load_cells(routing, most) for number, routing in routed.items()},
         "expert",
     )

@@ -48,17 +48,17 @@ class Routing:
 
     experts: np.ndarray
     weights: np.ndarray
-    counts: np.ndarray  # int64 [E], tokens of each expert
+    counts: np.ndarray  # int64 [E], tokens of each expert; one whose weight is 0 is not sent there
 
     @property
     def shares(self) -> np.ndarray:
         """Each expert's part of all choices, f64 [E]; they sum to 1."""
-        return self.counts / self.experts.size
+        return self.counts / max(1, self.counts.sum())
 
     @property
     def imbalance(self) -> float:
-        """The most loaded expert's count over the mean: 1 where all are loaded alike, E / k at worst."""
-        return float(self.counts.max() / self.counts.mean())
+        """The most loaded expert's count over the mean: 1 where all are loaded alike, E at worst."""
+        return float(self.counts.max() * len(self.counts) / max(1, self.counts.sum()))
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Tracing:
         i = self.numbers.index(number)
         lens = Lens(self.likeliest[i], self.probabilities[i], self.lens_entropy[i], self.following[i], self.rank[i])
         sink, maps = self.sink[i] if self.has_sinks else None, self.packed[i] if self.maps else None
-        counts = np.bincount(self.experts[i].ravel(), minlength=self.E)
+        counts = np.bincount(self.experts[i][self.expert_weights[i] != 0], minlength=self.E)
         routing = Routing(self.experts[i], self.expert_weights[i], counts) if self.E else None
         return Layer(number, self.resid_mid[i], self.out[i], lens, self.entropy[i], sink, maps, routing)
 
@@ -232,8 +232,9 @@ def norms(x: np.ndarray) -> np.ndarray:
 
 
 def surprise(w: np.ndarray) -> np.ndarray:
-    """−w ln w, 0 where w is."""
-    return -w * np.log(np.where(w == 0, 1, w))
+    """−w ln w, 0 where w is; NaN where a change made a weight negative."""
+    with np.errstate(invalid="ignore"):
+        return -w * np.log(np.where(w == 0, 1, w))
 
 
 def lens_logits(model: "Model", x: np.ndarray, norm: np.ndarray, panels: np.ndarray, logits: np.ndarray) -> np.ndarray:

@@ -232,6 +232,67 @@ def test_chosen_layers_are_all_there_is(document: Any) -> None:
     assert [layer["layer"] for layer in document(FOX, "--layers", "-1,0,3-4,3")["layers"]] == [0, 3, 4, 5]
 
 
+# ---- changed runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_changed_is_seen_from_there_on(document: Any) -> None:
+    plain, found = document(FOX), document(FOX, "--ablate", "blocks.2.out[-1]")
+    T = len(plain["tokens"])
+    assert found["settings"]["changes"] == [{"kind": "ablate", "where": "blocks.2.out[-1]", "value": None}]
+    assert plain["settings"]["changes"] == []
+    assert found["layers"][:2] == plain["layers"][:2]
+    assert found["layers"][2]["out"] == [*plain["layers"][2]["out"][:-1], 0]
+    for i in (3, 4, 5):
+        assert [a == b for a, b in zip(found["layers"][i]["out"], plain["layers"][i]["out"], strict=True)] == [True] * (T - 1) + [False]
+
+
+def test_a_runs_own_activations_in_their_place_change_nothing(toyllm: Any, document: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.npz"
+    assert toyllm("dump-tensor", "*", "--prompt", FOX, "-m", "tales-gpt-oss", "--save", str(own)).code == 0
+    plain = document(FOX, "-m", "tales-gpt-oss")
+    code, out, _ = toyllm("trace", FOX, "-m", "tales-gpt-oss", "--patch", f"blocks.1.*={own}", "--json")
+    assert code == 0
+    assert json.loads(out)["layers"] == plain["layers"]
+
+
+def test_experts_that_are_not_allowed_have_no_load(document: Any, toyllm: Any) -> None:
+    found = document(FOX, "-m", "tales-gpt-oss", "--experts", "3,7")
+    T = len(found["tokens"])
+    for layer in found["layers"]:
+        assert {e for e, count in enumerate(layer["routing"]["counts"]) if count} == {3, 7}
+    code, out, _ = toyllm("trace", FOX, "-m", "tales-gpt-oss", "--experts", "5")
+    assert code == 0
+    assert re.search(rf"^5 +{T} █{{8}} +{T} █{{8}}", out, re.MULTILINE)
+    assert re.search(r"^max/mean  8.00 +8.00 +8.00 +8.00$", out, re.MULTILINE)
+
+
+def test_the_lens_reads_the_stream_not_the_logits(document: Any) -> None:
+    plain, found = document(FOX), document(FOX, "--patch", "logits=0")
+    assert found["layers"] == plain["layers"]
+
+
+def test_weights_that_are_no_shares_have_no_entropy(document: Any) -> None:
+    first, *_ = document(FOX, "--patch", "blocks.0.attn.weights[1]=-0.5")["layers"]
+    assert [None in head for head in first["attention"]["entropy"]] == [False, True, False, False]
+
+
+def test_a_page_says_what_was_changed(toyllm: Any, tmp_path: Path) -> None:
+    for name, changes in (("a", ()), ("b", ("--scale", "blocks.0.mlp.out=0.5", "--ablate", "embed[0]"))):
+        assert toyllm("trace", FOX, *changes, "--html", str(tmp_path / name) + ".html").code == 0
+    assert "Changed as it ran: --scale blocks.0.mlp.out=0.5, --ablate embed[0]." in (tmp_path / "b.html").read_text()
+    assert '"notices": []' in (tmp_path / "a.html").read_text()
+
+
+def test_8_bit_weights_are_traced_to_their_own_logits(document: Any) -> None:
+    found = document(FOX, "--weights", "q8")
+    p = np.exp(package.load("tales-gpt2", weights="q8").logits([token["id"] for token in found["tokens"]]).astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    assert [token["top"][0]["prob"] for token in found["layers"][-1]["lens"]] == pytest.approx(p.max(-1).tolist(), rel=1e-9)
+
+
+# ---- statistics -------------------------------------------------------------------------------------------------------------
+
+
 def test_statistics_go_to_stderr(toyllm: Any) -> None:
     code, out, err = toyllm("trace", FOX, "-m", "tales-gpt-oss", "--show", "lens", "--stats")
     assert code == 0

@@ -11,6 +11,7 @@ through; the interpreter checks it again with numbers.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from .checked import KINDS, UNCLEAR, Bindings, Checked, Family
 from .functions import Refused
 from .language import (
     Index,
@@ -22,7 +23,7 @@ from .language import (
     Values,
 )
 from .program import Assign, Branch, Choice, Loop, Return, Statement
-from .shape_expressions import KINDS, UNCLEAR, Bindings, Checked, Family, as_stated, begun, integer, result_of, sizes_of, value_of
+from .shape_expressions import as_stated, begun, integer, result_of, sizes_of, value_of
 from .shape_rules import (
     ANY,
     CARD,

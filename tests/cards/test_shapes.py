@@ -2,20 +2,24 @@ from pathlib import Path
 
 import pytest
 
+from toyllm.cards.catalogue import library
 from toyllm.cards.shapes import all_problems, check, problems
 from toyllm.cards.structure import CardError
 from toyllm.cards.text import parse, parse_all
+from toyllm.cli.card import filled
 
-LIBRARY = {
-    card.name: card
-    for file in sorted((Path(__file__).parents[2] / "cards/library").glob("*.card"))
-    for card in parse_all(file.read_text(encoding="utf-8"), file.name)
-}
+LIBRARY = library()
 
 
 @pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_the_librarys_cards_hold(name):
     assert [str(problem) for problem in problems(LIBRARY[name], LIBRARY)] == []
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parent / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_cards_of_published_models_hold_with_their_sizes(config):
+    cards = filled("", config).cards
+    assert [str(problem) for card in cards.values() for problem in problems(card, cards)] == []
 
 
 HEAD = """\

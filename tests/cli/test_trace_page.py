@@ -163,8 +163,8 @@ def test_the_title_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_300_tokens_are_less_than_a_megabyte(pages: dict[str, tuple[Path, Any]], name: str) -> None:
-    assert 200_000 < pages[name][0].stat().st_size < 1_000_000
+def test_300_tokens_are_a_megabyte_or_so(pages: dict[str, tuple[Path, Any]], name: str) -> None:
+    assert 200_000 < pages[name][0].stat().st_size < 1_200_000
 
 
 # ---- in a browser -----------------------------------------------------------------------------------------------------------

@@ -121,16 +121,20 @@ def wrong(context: typer.Context, name: str, text: str) -> Exception:
     return typer.BadParameter(text, ctx=context, param=parameter)
 
 
-def check_names(loaded: "Model", changes: "Sequence[Change]") -> None:
+def check_names(name: str, changes: "Sequence[Change]") -> None:
     """Raise ToyllmError for a change of what the model does not have, before anything is read or run for it."""
     if changes:
         from ..models.changes import names_meant
+        from ..models.config import load_config
+        from ..models.location import find_model
 
+        files = find_model(name)
+        _, config = load_config(files)
         try:
             for change in changes:
-                names_meant(change, loaded.config)
+                names_meant(change, config)
         except ToyllmError as error:
-            raise ToyllmError(f"{loaded.files.name}: {error}") from error
+            raise ToyllmError(f"{files.name}: {error}") from error
 
 
 def changes_entry(loaded: "Model") -> dict[str, Any]:

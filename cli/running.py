@@ -31,9 +31,11 @@ LOADING = (
 
 
 def load(name: str, running: dict[str, Any], changes: "Sequence[Change]" = ()) -> "Model":
-    """The model, with the options of `options.RUNNING`; it has what `changes` mean."""
+    """The model, with the options of `options.RUNNING`; one that does not have what `changes` mean is not read."""
     from ..models.model import load as load_model
     from ..models.preload import read_ahead
+
+    check_names(name, changes)
 
     def preload(shards: "tuple[Path, ...]") -> None:
         if not running["no_preload"]:
@@ -41,9 +43,7 @@ def load(name: str, running: dict[str, Any], changes: "Sequence[Change]" = ()) -
                 read_ahead(shards, progress)
 
     with output.byte_bar(f"quantising {name}") as progress:
-        loaded = load_model(name, **{key: running[key] for key in LOADING}, preload=preload, progress=progress)
-    check_names(loaded, changes)
-    return loaded
+        return load_model(name, **{key: running[key] for key in LOADING}, preload=preload, progress=progress)
 
 
 def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:

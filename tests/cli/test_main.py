@@ -33,6 +33,7 @@ WITHOUT_TWIN = {
     "--force",
     "--save",
     "--output",
+    "--emit",
     "--html",
 }
 CHOOSES = {("cut", "--layers"), ("cut", "--experts"), ("trace", "--layers")}  # which ones, said on the command line

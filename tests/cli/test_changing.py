@@ -11,6 +11,7 @@ from toyllm.models import preload
 
 TALE = "Once upon a time there was a poor man"
 GREEDY = ("-t", "0", "--max-tokens", "8")
+RUNS = [("generate", "hi"), ("dump-tensor", "embed", "--prompt", "hi"), ("score", "--prompt", "hi"), ("trace", "hi")]
 GPT_OSS = ("-m", "tales-gpt-oss")
 
 
@@ -138,7 +139,7 @@ def test_positions_count_in_each_window(document: Any, toyllm: Any) -> None:
         (("--map", "a.toml", "--ablate", "embed"), "Invalid value for '--map': has no meaning without a .npz or .safetensors file"),
     ],
 )
-@pytest.mark.parametrize("command", [("generate", "hi"), ("dump-tensor", "embed", "--prompt", "hi"), ("score", "--prompt", "hi")])
+@pytest.mark.parametrize("command", RUNS)
 def test_what_is_no_change_is_wrong_usage(toyllm: Any, command: tuple[str, ...], arguments: tuple[str, ...], message: str) -> None:
     outcome = toyllm(*command, *arguments)
     assert outcome.code == 2
@@ -162,7 +163,7 @@ def test_what_changes_nothing_that_runs_is_refused(toyllm: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("command", [("generate", "hi"), ("dump-tensor", "embed", "--prompt", "hi"), ("score", "--prompt", "hi")])
+@pytest.mark.parametrize("command", RUNS)
 def test_a_name_that_is_not_there_is_told_before_a_file_is_read_ahead(
     toyllm: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:

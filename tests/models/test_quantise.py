@@ -22,6 +22,7 @@ from toyllm.models.activations import record
 from toyllm.models.model import Model
 from toyllm.models.params import anatomy
 from toyllm.models.parts import split, whole
+from toyllm.models.trace import trace
 
 GOLDENS = Path(__file__).parent / "goldens"
 hollow = runpy.run_path(str(Path(__file__).parents[1] / "hollow.py"))
@@ -170,6 +171,12 @@ def test_every_activation_can_be_watched(case: str) -> None:
     assert after.keys() == before.keys()
     assert {name: a.shape for name, a in after.items()} == {name: a.shape for name, a in before.items()}
     np.testing.assert_array_equal(after["logits"], model.logits(IDS[:9]))
+
+
+@pytest.mark.parametrize("case", ["gpt2/bf16", "gpt_oss/odd"])
+def test_the_logit_lens_looks_through_the_head_in_8_bits(case: str) -> None:
+    model = load(case)
+    np.testing.assert_array_equal(trace(model, IDS[:9]).layers[-1].lens.ids[:, 0], model.logits(IDS[:9]).argmax(1))
 
 
 # What it takes

@@ -350,7 +350,7 @@ def type_text(frame: Frame, kind: Type) -> str:
     """A type with its sizes as numbers, where they are known."""
     if kind.domain == "card":
         return f"the parameters of {kind.card}"
-    ends = [int(evaluate(frame, n)) for n in (kind.first, kind.last) if n]
+    ends = [integer(frame, n) for n in (kind.first, kind.last) if n]
     domain = {"bool": "{0,1}", "range": f"{{{'..'.join(map(str, ends))}}}"}.get(kind.domain, kind.domain)
     return typed(domain, tuple(size_of(frame, node) if sized(frame, node) else letter_text(node) for node in kind.sizes))
 

@@ -201,7 +201,7 @@ def in_domain(frame: Frame, value: Value, kind: Type) -> bool:
     if found == "f":
         return False
     if kind.domain == "range" and kind.first and kind.last and value.size:
-        return bool(np.min(value) >= evaluate(frame, kind.first)) and bool(np.max(value) <= evaluate(frame, kind.last))
+        return bool(np.min(value) >= integer(frame, kind.first)) and bool(np.max(value) <= integer(frame, kind.last))
     return kind.domain != "ℕ" or not np.any(value < 0)
 
 

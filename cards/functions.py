@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .language import Call
+from .structure import Card
 
 
 class Refused(Exception):  # noqa: N818 - named for what it says
@@ -62,8 +63,10 @@ def misuse(call: Call) -> str:
     if call.given:
         return f"{call.name}: a function takes nothing behind a semicolon; only cards do"
     if n < least or (most is not None and n > most):
-        wanted = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} or {most}"
-        return f"{call.name}: expected {wanted} argument{'' if wanted == '1' else 's'}, found {n}"
+        wanted = (
+            f"{least} or more arguments" if most is None else f"{least} or {most} arguments" if least != most else some(least, "argument")
+        )
+        return f"{call.name}: expected {wanted}, found {n}"
     for name, _ in call.options:
         if name not in signature.options:
             known = f"; it knows {' and '.join(f'{o}=' for o in signature.options)}" if signature.options else ""
@@ -71,3 +74,16 @@ def misuse(call: Call) -> str:
     if call.name == "size" and not call.options:
         return "size: expected the axis that is meant, as in size(x, axis=0)"
     return ""
+
+
+def miscalled(call: Call, card: Card) -> str:
+    """What is wrong with how a card is called, apart from shapes; empty where nothing is."""
+    for found, names, where in ((call.inputs, card.arguments, ""), (call.given, card.given, " behind the semicolon")):
+        if len(found) != len(names):
+            return f"{card.name} takes {some(len(names), 'argument')}{where} ({', '.join(names) or 'none'}), found {len(found)}"
+    return f"{card.name}: a card has no option {call.options[0][0]}=" if call.options else ""
+
+
+def some(n: int, word: str) -> str:
+    """How many there are."""
+    return f"{n} {word}{'s' * (n != 1)}"

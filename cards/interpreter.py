@@ -32,7 +32,7 @@ from .evaluate import (
     tensor_name,
     type_text,
 )
-from .functions import Refused
+from .functions import Refused, miscalled, some
 from .language import Call, Index, Member, Name, Node, Sequence, Type, walk
 from .operators import Limits, Numbers, Value, described, fits_into, integers, numbers
 from .program import Assign, Choice, Loop, Return, Statement, program
@@ -128,7 +128,7 @@ def run_frame(frame: Frame, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
     if not made.outputs:
         return results
     if len(results) != len(made.outputs):
-        raise refusal(frame, None, f"{card.name} has {len(made.outputs)} outputs, and here returns {len(results)}")
+        raise refusal(frame, None, f"{card.name} has {some(len(made.outputs), 'output')}, and here returns {len(results)}")
     take_sizes(frame, [(d.type, value) for d, value in zip(made.outputs, results, strict=True)])
     try:
         return tuple(fitting(frame, value, d.type, d.name) for d, value in zip(made.outputs, results, strict=True))
@@ -208,11 +208,8 @@ def in_domain(frame: Frame, value: Value, kind: Type) -> bool:
 def call_card(frame: Frame, node: Call) -> tuple[Value, ...]:
     """The results of a card that another one calls. Raises Refused and CardError."""
     card = found_card(frame, node.name)
-    for found, names, what in ((node.inputs, card.arguments, "inputs"), (node.given, card.given, "parameters behind the semicolon")):
-        if len(found) != len(names):
-            raise Refused(f"{card.name} takes {len(names)} {what} ({', '.join(names) or 'none'}), found {len(found)}")
-    if node.options:
-        raise Refused(f"{card.name}: a card has no option {node.options[0][0]}=")
+    if wrong := miscalled(node, card):
+        raise Refused(wrong)
     if frame.machine.calls >= frame.numbers.limits.calls:
         raise Refused(f"more than {frame.machine.calls} calls within each other")
     made = program(card)
@@ -329,8 +326,7 @@ def assign(frame: Frame, statement: Assign) -> None:
     value = several(frame, statement.value)
     values = value if isinstance(value, tuple) and not isinstance(statement.value, Index | Name) else (value,)
     if len(values) != len(targets):
-        found = f"{len(values)} result{'s' * (len(values) != 1)}"
-        raise refusal(frame, statement.value, f"{found} for {len(targets)} name{'s' * (len(targets) != 1)}")
+        raise refusal(frame, statement.value, f"{some(len(values), 'result')} for {some(len(targets), 'name')}")
     bound = [assigned(frame, target, clean(frame, v)) for target, v in zip(targets, values, strict=True)]
     take_sizes(frame, [(kind, part) for kind, (part, _) in zip(statement.types, bound, strict=False)])
     for i, (kind, (_, place)) in enumerate(zip(statement.types, step.places(), strict=True)):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from .checked import KINDS, UNCLEAR, Bindings, Checked, find_card, hyper_known, near
-from .functions import FUNCTIONS, Refused, misuse
+from .functions import FUNCTIONS, Refused, miscalled, misuse
 from .language import (
     Array,
     Binary,
@@ -325,11 +325,8 @@ def called(c: Checked, node: Call) -> Result:
     if card is None:
         near_names = [*FUNCTIONS, *(card.called for card in c.library.values())]
         raise Refused(f"{node.name}: no such function, and no such card{near(node.name, near_names)}")
-    for found, names, what in ((node.inputs, card.arguments, "inputs"), (node.given, card.given, "behind the semicolon")):
-        if len(found) != len(names):
-            raise Refused(f"{card.name} takes {len(names)} {what} ({', '.join(names) or 'none'}), found {len(found)}")
-    if node.options:
-        raise Refused(f"{card.name}: a card has no option {node.options[0][0]}=")
+    if wrong := miscalled(node, card):
+        raise Refused(wrong)
     return call_card(c, node, program(card), inputs, handed)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .checked import KINDS, UNCLEAR, Bindings, Checked, Family
-from .functions import Refused
+from .functions import Refused, some
 from .language import (
     Index,
     Member,
@@ -113,7 +113,7 @@ def assign(c: Checked, statement: Assign) -> None:
     if isinstance(result, Known) and len(targets) > 1 and result.kind != TEXT and result.sizes is None:
         values = (Known(result.kind),) * len(targets)  # of as many results as nobody can tell
     if len(values) != len(targets):
-        found = f"{len(values)} result{'s' * (len(values) != 1)} for {len(targets)} name{'s' * (len(targets) != 1)}"
+        found = f"{some(len(values), 'result')} for {some(len(targets), 'name')}"
         c.found.append(error_at(c.place, found, statement.value.at))
         values = (UNCLEAR,) * len(targets)
     stated = dict(enumerate(zip(statement.types, step.places(), strict=True)))
@@ -310,7 +310,7 @@ def returned(c: Checked, statement: Return) -> None:
         return
     if len(values) != len(outputs):
         if isinstance(result, tuple) or result.sizes is not None or result.kind == TEXT:
-            what = f"{c.program.card.name} has {len(outputs)} output{'s' * (len(outputs) != 1)}, and here returns {len(values)}"
+            what = f"{c.program.card.name} has {some(len(outputs), 'output')}, and here returns {len(values)}"
             c.found.append(error_at(c.place, what))
         return
     letters = dict(c.sizes)

@@ -123,10 +123,15 @@ def test_a_letter_that_another_step_defined_is_checked():
         ("[0, 4]", "{0..3}^2", "expected {0..3}^2, found ℤ^2, from 0 to 4"),
         ("[0, 2]", "{0,1}^2", "expected {0,1}^2, found ℤ^2, from 0 to 2"),
         ("[0, 2]", "R^3", "expected R^3, found ℤ^2"),
+        ("[0, 2]", "{0..b}^2", None),
         ('"a"', "R", "expected R, found the text 'a'"),
     ],
 )
 def test_a_stated_type_is_checked(value, kind, message):
+    if message is None:
+        text = f"Algorithm: F()\nb ← [1, 2]\na ← {value}   a ∈ {kind}\nreturn a"
+        assert refused(text) == ("my.card:3:22: expected an integer, found ℤ^2", "b}^2")
+        return
     assert refused(f"Algorithm: F()\na ← {value}   a ∈ {kind}\nreturn a") == (f"my.card:2:{12 + len(value)}: a: {message}", kind)
 
 
@@ -227,14 +232,14 @@ def test_loops_through_a_vector_and_returns_from_within():
 @pytest.mark.parametrize(
     ("steps", "message", "at"),
     [
-        ("return G(x)", "my.card:6:8: F.G takes 1 inputs (y), found 0", None),
-        ("a ← G(x, x)\nreturn a", "my.card:6:5: F.G takes 1 inputs (y), found 2", "G(x, x)"),
-        ("a ← G(x; x)\nreturn a", "my.card:6:5: F.G takes 0 parameters behind the semicolon (none), found 1", "G(x; x)"),
+        ("return G(x)", "my.card:6:8: F.G takes 1 argument (y), found 0", None),
+        ("a ← G(x, x)\nreturn a", "my.card:6:5: F.G takes 1 argument (y), found 2", "G(x, x)"),
+        ("a ← G(x; x)\nreturn a", "my.card:6:5: F.G takes 0 arguments behind the semicolon (none), found 1", "G(x; x)"),
         ("a ← G(x, axis=1)\nreturn a", "my.card:6:5: F.G: a card has no option axis=", "G(x, axis=1)"),
         ("a ← G([1])\nreturn a", "my.card:6:5: F.G: y: expected R^2, found ℤ^1", "G([1])"),
         ("a, b ← G(x)\nreturn a", "my.card:6:8: 1 result for 2 names", "G(x)"),
         ("a ← x, x\nreturn a", "my.card:6:5: 2 results for 1 name", "x, x"),
-        ("return x, x", "my.card:6:8: F has 1 outputs, and here returns 2", "x, x"),
+        ("return x, x", "my.card:6:8: F has 1 output, and here returns 2", "x, x"),
         ("return [1, 2, 3]", "my.card:6:8: y: expected R^2, found ℤ^3", "[1, 2, 3]"),
         ("return z", "my.card:6:8: z is not bound", "z"),
         ("return W", "my.card:6:8: W: the model has no tensor w", "W"),

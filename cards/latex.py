@@ -185,9 +185,9 @@ def sign_command(sign: str) -> str:
 
 
 def value(text: str) -> str:
-    """A hyper's value."""
+    """A hyper's value: numbers as such, all else as text."""
     if re.fullmatch(r"-?(\d+(\.\d+)?([eE][+-]?\d+)?|∞)", text):
-        return text.replace("∞", r"\infty")
+        return math_text(text)
     return rf"\text{{{plain(text)}}}"
 
 

@@ -177,6 +177,11 @@ def test_expressions_in_latex(text, latex):
     assert math(text) == latex
 
 
+def test_values_of_hypers_in_latex():
+    document = render_latex([parse("Algorithm: F()\nHyper: ε=1e-05 a=-∞ b=0.5 c=a_b\nreturn 1")])
+    assert r"$\varepsilon = 10^{-5}$, $a = -\infty$, $b = 0.5$, $c = \text{a\_b}$" in document
+
+
 def test_latex():
     document = render_latex([parse(FFN)], {"my.FFN": ["8 parameters, 100%"]})
     assert document == Path(__file__).with_name("ffn.tex").read_text(encoding="utf-8")

@@ -24,7 +24,8 @@ LOWEST, HIGHEST = np.float32(-86.98), np.float32(88.72283)
 P0, P1, P2, P3, P4, P5 = (
     np.float32(c) for c in (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
 )
-ONE, TWO = np.float32(1.0), np.float32(2.0)
+HALF, ONE, TWO = np.float32(0.5), np.float32(1.0), np.float32(2.0)
+ODD = np.uint32(1)
 ZERO, INFINITY = np.float32(0.0), np.float32(np.inf)
 
 
@@ -49,6 +50,15 @@ def bf16_value(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
+@exact
+def bf16_bits(x):
+    """The upper 16 bits of an f32, rounded to nearest, ties to even; NaN stays NaN (as `dtypes.to_bf16`)."""
+    u = np.float32(x).view(np.uint32)
+    rounded = np.uint32((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & ODD)) >> np.uint32(16))
+    quiet = np.uint32((u >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint16(quiet if np.uint32(u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
 F16_SCALE = np.float32(2.0**112)  # moves the exponent's bias from 15 to 127
 
 
@@ -59,6 +69,20 @@ def f16_value(bits):
     scaled = np.float32(np.uint32(magnitude).view(np.float32) * F16_SCALE).view(np.uint32)
     special = np.uint32(0x7F800000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0)
     return np.uint32(scaled | special | np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+@exact
+def f16_bits(x):
+    """The IEEE half nearest to an f32, as its bits, ties to even; NaN stays NaN, and what is too large becomes infinity."""
+    u = np.float32(x).view(np.uint32)
+    size = np.uint32(u & np.uint32(0x7FFFFFFF))
+    if size >= np.uint32(0x47800000):
+        half = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    elif size < np.uint32(0x38800000):  # subnormal: beside 0.5 an f32 has the steps of such a half
+        half = np.uint32(np.float32(size.view(np.float32) + HALF).view(np.uint32) - np.uint32(0x3F000000))
+    else:
+        half = np.uint32(np.uint32(size - np.uint32(0x38000000) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & ODD)) >> np.uint32(13))
+    return np.uint16(half | ((u >> np.uint32(16)) & np.uint32(0x8000)))
 
 
 def value(item):

@@ -17,6 +17,7 @@ import numpy as np
 from numba import prange
 
 from .dtypes import BF16, to_bf16, widen
+from .elementary import bf16_bits
 from .fp4 import BLOCK, SCALES, dequantize_reference
 from .host import features
 from .jit import kernel
@@ -44,13 +45,9 @@ def round_rows(x: np.ndarray, width: int) -> np.ndarray:
 
 @kernel(parallel=True, strict=True)
 def _round_rows(x, out):
-    bits = x.view(np.uint32)
     for m in prange(x.shape[0]):
         for k in range(x.shape[1]):
-            u = bits[m, k]
-            rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            out[m, k] = np.uint16((u >> np.uint32(16)) | np.uint32(0x40) if is_nan else rounded)
+            out[m, k] = bf16_bits(x[m, k])
 
 
 @kernel(parallel=True, strict=True)

@@ -32,18 +32,18 @@ import numpy as np
 from numba import prange
 
 from .checks import check_array
-from .dtypes import F16, to_f16, widen
-from .elementary import value
+from .dtypes import F16, bits, to_f16, widen
+from .elementary import f16_bits, value
 from .errors import ToyllmError
 from .jit import inline, kernel
 from .matmul import NO_BIAS, OUTPUTS, ROWS, check_matrix, multiply_panel, panels_for
+from .rounding import LARGEST, SMALLEST, round_block
 from .simd.ir import LANES
-from .simd.q8 import LEAST, expand_row, q8_tile, quantize_blocks, quantize_rest, transpose
+from .simd.q8 import expand_row, q8_tile, quantize_blocks, quantize_rest, transpose
 from .threads import thread_scratch
 
 BLOCK = 2 * LANES  # values that share a scale
 COLUMNS = 64  # outputs of a task, by input: a cache line or more of each row of w
-LARGEST, SMALLEST = np.float32(127), np.float32(LEAST)
 ONE, HALF = np.float32(1), np.float32(0.5)
 I8 = np.dtype(np.int8)
 
@@ -131,36 +131,20 @@ def quantize_kernel(w: np.ndarray) -> Q8:
 
 
 @kernel(parallel=True, strict=True)
-def _quantize_portable(w, values, d):
-    """w [K, N] in either order, plain loops; the scales go to d f32 [N, blocks]."""
+def _quantize_portable(w, values, scales):
+    """w [K, N] in either order; scales as bits of f16."""
     K = len(w)
-    for j in prange(len(d)):
-        for b in range(d.shape[1]):
+    for j in prange(len(scales)):
+        values[j, K:] = 0
+        for b in range(scales.shape[1]):
             first, last = b * BLOCK, min((b + 1) * BLOCK, K)
-            largest = np.float32(0)
-            for k in range(first, last):
-                size = abs(value(w[k, j]))
-                if not size <= largest:  # a NaN is kept, as nothing is larger
-                    largest = size if not np.isnan(largest) else largest
-            step = largest / LARGEST
-            d[j, b] = step
-            values[j, first : first + BLOCK] = 0
-            if SMALLEST <= step < np.inf:
-                inverse = ONE / step
-                for k in range(first, last):
-                    scaled = value(w[k, j]) * inverse
-                    whole = np.trunc(scaled)
-                    rest = scaled - whole
-                    values[j, k] = np.int8(whole + (rest >= HALF) - (rest <= -HALF))
+            scales[j, b] = f16_bits(round_block(w[first:last, j], values[j, first:last]))
 
 
 def quantize_portable(w: np.ndarray) -> Q8:
-    """The portable kernel, unchecked; its scales are in f32 first."""
+    """The portable kernel, unchecked."""
     made = room_for(w)
-    d = np.empty(made.scales.shape, np.float32)
-    _quantize_portable(w, made.values, d)
-    with np.errstate(over="ignore"):
-        made.scales[...] = to_f16(d)
+    _quantize_portable(w, made.values, bits(made.scales))
     return made
 
 

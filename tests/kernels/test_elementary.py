@@ -6,8 +6,8 @@ import numba
 import numpy as np
 import pytest
 
-from toyllm.kernels.dtypes import BF16, F16, F32, widen
-from toyllm.kernels.elementary import HIGHEST, LOWEST, exp, value
+from toyllm.kernels.dtypes import BF16, F16, F32, bits, to_bf16, to_f16, widen
+from toyllm.kernels.elementary import HIGHEST, LOWEST, bf16_bits, exp, f16_bits, value
 from toyllm.kernels.jit import kernel
 
 PLAIN = numba.config.DISABLE_JIT
@@ -30,6 +30,12 @@ def _exp_of_strict(x, out):
 def _values_of(stored, out):
     for i in range(len(stored)):
         out[i] = value(stored[i])
+
+
+@kernel(strict=True)
+def _narrowed(x, bf16, f16):
+    for i in range(len(x)):
+        bf16[i], f16[i] = bf16_bits(x[i]), f16_bits(x[i])
 
 
 @pytest.fixture(params=[_exp_of, _exp_of_strict], ids=["in a relaxed kernel", "in a strict kernel"])
@@ -79,6 +85,24 @@ def test_every_stored_pattern_widens_exactly(dtype):
     _values_of(patterns, out)
     np.testing.assert_array_equal(out, widen(patterns))
     np.testing.assert_array_equal(np.signbit(out), np.signbit(widen(patterns)))
+
+
+def test_rounding_to_16_bits_is_to_nearest_even(rng):
+    """At every half, midway to the next one and beside that, at random bits, and at what neither holds: as NumPy and ml_dtypes round."""
+    steps = np.arange(0x7C00, dtype=np.uint16)[:: 97 if PLAIN else 1].view(np.float16).astype(np.float32)
+    midway = (steps[1:] + steps[:-1]) / 2
+    anywhere = rng.integers(0, 2**32, 500 if PLAIN else 1_000_000, np.uint32).view(np.float32)
+    ends = np.float32([0, 65519.996, 65520, 65536, 1e30, 2**-25, 2**-24, 1e-45, np.inf, np.nan, 3.4e38])
+    x = np.concatenate([steps, midway, np.nextafter(midway, np.float32(0)), np.nextafter(midway, np.float32(1e9)), ends, anywhere])
+    x = np.concatenate([x, -x])
+    in_bf16, in_f16 = np.empty((2, len(x)), np.uint16)
+    _narrowed(x, in_bf16, in_f16)
+    np.testing.assert_array_equal(in_bf16, bits(to_bf16(x)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = to_f16(x)
+    np.testing.assert_array_equal(widen(in_f16.view(F16)), widen(expected))
+    numbers = ~np.isnan(x)  # which NaN, is open
+    np.testing.assert_array_equal(in_f16[numbers], bits(expected)[numbers])
 
 
 def test_f32_stays_as_it_is():

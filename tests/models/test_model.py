@@ -56,7 +56,14 @@ def test_the_last_n_go_through_the_head_where_the_result_has_n_rows(n: int) -> N
 
 
 @pytest.mark.parametrize(
-    "out", [np.empty((0, V), np.float32), np.empty(V, np.float32), np.empty((2, V), np.float32), np.empty((1, V), np.float64), np.empty((1, 2 * V), np.float32)[:, ::2]]
+    "out",
+    [
+        np.empty((0, V), np.float32),
+        np.empty(V, np.float32),
+        np.empty((2, V), np.float32),
+        np.empty((1, V), np.float64),
+        np.empty((1, 2 * V), np.float32)[:, ::2],
+    ],
 )
 def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(model: Model, out: np.ndarray) -> None:
     cache = model.new_cache()

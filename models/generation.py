@@ -154,31 +154,69 @@ def generate(model: "Model", prompt: Sequence[int], settings: Settings, context:
 
 def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, cache: Any, writer: "Writer") -> Iterator[Event]:
     """The loop of `generate`, whose checks have passed."""
-    start, kernels = clock(), preparing_seconds()
     reused = None if cache is None else cache.length()
+    run = Continuation(model, prompt, settings, room, writer, reused)
     cache = model.new_cache(room) if cache is None else cache
     new = np.arange(reused or 0, len(prompt))
     logits = model.forward(prompt[reused or 0 :], new, np.zeros(len(new), np.int64), cache)
-    prefilled = first = clock()
-    prepared = preparing_seconds()
-    sampler = Sampler(settings, prompt, model.vocab_size)
-    used, last = len(prompt), min(len(prompt) + settings.max_tokens, room)
-    token, stopped = prompt[-1], False
-    while used < last and not stopped:
-        if used > len(prompt):
-            model.forward([token], [used - 1], [0], cache, out=logits)
-        drawn = draw(logits[0], sampler, settings)
-        token, used = drawn.id, used + 1
-        if used == len(prompt) + 1:
-            first, prepared = clock(), preparing_seconds()
-        text = "" if token in settings.eos else writer.push(token)
-        stopped = token in settings.eos or writer.stopped
-        yield Event(drawn, text)
-    tail = writer.finish()
-    stopped = stopped or writer.stopped
-    reason = "stop" if stopped else "length" if used == len(prompt) + settings.max_tokens else "context"
-    seconds = (prefilled - start, clock() - first, prepared - kernels)
-    yield Event(None, tail, Result(reason, len(prompt), used - len(prompt), *seconds, reused))
+    while not run.ended:
+        if run.token is not None:
+            model.forward([run.token], [run.used - 1], [0], cache, out=logits)
+        yield run.push(logits[0])
+    yield run.finish()
+
+
+class Continuation:
+    """One sequence on its way from a prompt to its end: what is drawn, what of the text is certain, when it ends.
+
+    It runs no model. Whoever does calls `push` with the logits f32 [V] that follow the prompt, and then with those that follow `token`,
+    which stands at position `used - 1`, until the sequence has `ended`; then `finish`. The times in the result count from its making.
+    """
+
+    def __init__(
+        self, model: "Model", prompt: Sequence[int], settings: Settings, room: int, writer: "Writer", reused: int | None = None
+    ) -> None:
+        """The prompt fits the `room` positions, and `settings` are checked; `reused` tokens of it need no pass (None: a new cache)."""
+        self._start, self._kernels = clock(), preparing_seconds()
+        self._model, self._prompt, self._settings, self._writer, self._reused = model, prompt, settings, writer, reused
+        self._sampler: Sampler | None = None
+        self._last = min(len(prompt) + settings.max_tokens, room)
+        self._prefilled = self._first = 0.0  # when the prompt's passes were over, and when the first token came
+        self._prepared = 0.0
+        self._stopped = False
+        self.token: int | None = None  # the latest
+        self.used = len(prompt)  # positions, the latest token's included
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to draw."""
+        return self._stopped or self.used >= self._last
+
+    def push(self, logits: np.ndarray) -> Event:
+        """Draw a token from the logits of the one before it, f32 [V]. Raises ToyllmError where none can be drawn."""
+        if self._sampler is None:
+            self._prefilled = clock()
+            self._sampler = Sampler(self._settings, self._prompt, self._model.vocab_size)
+        drawn = draw(logits, self._sampler, self._settings)
+        if self.token is None:
+            self._first, self._prepared = clock(), preparing_seconds()
+        self.token, self.used = drawn.id, self.used + 1
+        ends = drawn.id in self._settings.eos
+        text = "" if ends else self._writer.push(drawn.id)
+        self._stopped = ends or self._writer.stopped
+        return Event(drawn, text)
+
+    def finish(self) -> Event:
+        """The last event: the text that was held back, and the result."""
+        if self.token is None:
+            self._prefilled = self._first = clock()
+            self._prepared = preparing_seconds()
+        tail = self._writer.finish()
+        stopped = self._stopped or self._writer.stopped
+        whole = len(self._prompt) + self._settings.max_tokens
+        reason = "stop" if stopped else "length" if self.used == whole else "context"
+        seconds = (self._prefilled - self._start, clock() - self._first, self._prepared - self._kernels)
+        return Event(None, tail, Result(reason, len(self._prompt), self.used - len(self._prompt), *seconds, self._reused))
 
 
 def draw(logits: np.ndarray, sampler: Sampler, settings: Settings) -> Token:

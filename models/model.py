@@ -134,8 +134,8 @@ class Model:
         """Run tokens [T] at their positions [T] in their sequences [T] of the cache; f32 logits [1, V] of the last, or [T, V] of all.
 
         Prefill and decode, one sequence or many, are this one path. More than `prefill_chunk` tokens run in passes of that many, which
-        changes no logits. `out`, of the result's shape, is written and returned if given. `taps(name, array)` is called with each
-        activation as it is made, and changed where the model's are: a buffer that the next one overwrites; copy it to keep it. Raises
+        changes no logits. `out` f32 [n, V], if given, takes the logits of the last n and is returned. `taps(name, array)` is called with
+        each activation as it is made, and changed where the model's are: a buffer that the next one overwrites; copy it to keep it. Raises
         ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
         """
         tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
@@ -144,11 +144,13 @@ class Model:
         if self._buffers is None or len(self._buffers.x) < min(T, self.prefill_chunk):
             self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
         logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32) if out is None else out
-        check_array("out", logits, (T if all_logits else 1, self.vocab_size))
+        n, _ = check_array("out", logits, (T if all_logits else None, self.vocab_size))
+        if n > T:
+            raise ToyllmError(f"out: expected at most {T} rows, a token's logits each, found {n}")
         writes = self.changes.writes if self.changes else {}
         for first in range(0, T, self.prefill_chunk):
             last = min(first + self.prefill_chunk, T)
-            wanted = logits[first:last] if all_logits else logits[: last == T]
+            wanted = logits[max(0, first - T + n) : max(0, last - T + n)]
             cache.start_forward(positions[first:last], sequences[first:last])
             at = positions[first:last]
             tap = Tap(at, taps, writes) if taps or writes else None

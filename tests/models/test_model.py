@@ -47,8 +47,22 @@ def test_the_result_goes_where_it_is_wanted(model: Model) -> None:
     np.testing.assert_array_equal(out, alone(model, IDS)[-1:])
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 39, 40])
+def test_the_last_n_go_through_the_head_where_the_result_has_n_rows(n: int) -> None:
+    model = toyllm.load(BASELINE, prefill_chunk=7)
+    out = np.full((n, V), np.nan, np.float32)
+    model.forward(IDS, np.arange(40), np.zeros(40, int), model.new_cache(), out=out)
+    np.testing.assert_array_equal(out, alone(model, IDS)[40 - n :])
+
+
 @pytest.mark.parametrize(
-    "out", [np.empty(V, np.float32), np.empty((2, V), np.float32), np.empty((1, V), np.float64), np.empty((1, 2 * V), np.float32)[:, ::2]]
+    "out",
+    [
+        np.empty(V, np.float32),
+        np.empty((2, V), np.float32),
+        np.empty((1, V), np.float64),
+        np.empty((1, 2 * V), np.float32)[:, ::2],
+    ],
 )
 def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(model: Model, out: np.ndarray) -> None:
     cache = model.new_cache()

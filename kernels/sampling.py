@@ -19,9 +19,11 @@ from .checks import check_array
 from .elementary import exp
 from .errors import ToyllmError
 from .jit import inline, kernel
+from .simd.sums import total_f64
 
 BUCKETS = 1024  # f32 weights in [0, 1] by their upper 12 bits: sign 0, exponent, 3 bits of the fraction
 SHIFT = np.uint32(20)
+STRIP = 1024  # weights that are made, then added up
 NOTHING = np.int64(-1)
 MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # an inverse temperature, so that no weight is 0 · ∞
 
@@ -71,7 +73,7 @@ def _cut(weights, counts, keys, limit, target):
             reached = total >= target
 
 
-@kernel(strict=True)
+@kernel
 def _sample(logits, top, temperature, top_k, top_p, min_p, u, weights, counts, keys):
     V = logits.shape[0]
     inverse = np.float32(min(max(1.0 / temperature, LEAST), MOST))
@@ -126,10 +128,13 @@ def sample(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float 
 
 @kernel
 def _sum_exp(logits, top):
-    total = 0.0
-    for i in range(logits.shape[0]):
-        total += exp(logits[i] - top)
-    return total
+    weights, whole = np.empty(STRIP, np.float32), 0.0
+    for first in range(0, len(logits), STRIP):
+        n = min(STRIP, len(logits) - first)
+        for i in range(n):
+            weights[i] = exp(logits[first + i] - top)
+        whole += total_f64(weights[:n])
+    return whole
 
 
 def log_sum_exp(logits: np.ndarray) -> float:

@@ -43,9 +43,14 @@ def write_bytes(data: bytes) -> None:
 
 
 def write_json(command: str, document: dict[str, Any]) -> None:
-    """One JSON document with its schema first. A bare NaN or infinity is refused: JSON has none."""
+    """One JSON document with its schema first, to stdout."""
+    write(json_line(command, document))
+
+
+def json_line(command: str, document: dict[str, Any]) -> str:
+    """A JSON document with its schema first, as a line. A bare NaN or infinity is refused: JSON has none."""
     text = json.dumps({"schema": f"toyllm.{command}/1", **document}, ensure_ascii=False, allow_nan=False)
-    write("".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text) + "\n")
+    return "".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text) + "\n"
 
 
 def say(text: str) -> None:
@@ -71,10 +76,10 @@ def token_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 
 @contextmanager
-def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], None]]:
-    """A bar of counts of a unit; of bytes where it is None."""
+def count_bar(label: str, unit: str | None) -> Iterator[Callable[..., None]]:
+    """A bar of counts of a unit; of bytes where it is None. progress(done, total, note) shows a note behind them."""
     if not colours(sys.stderr):
-        yield lambda done, total: None  # noqa: ARG005
+        yield lambda done, total, note="": None  # noqa: ARG005
         return
     from rich.console import Console
     from rich.progress import (
@@ -88,15 +93,15 @@ def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], Non
     )
 
     amount = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, note: str = "") -> None:
         nonlocal task
         if task is None:
             bar.start()
-            task = bar.add_task(one_line(label), total=total)
-        bar.update(task, completed=done)
+            task = bar.add_task(one_line(label), total=total, note="")
+        bar.update(task, completed=done, note=note)
 
     try:
         yield progress

@@ -93,7 +93,8 @@ def count_bar(label: str, unit: str | None) -> Iterator[Callable[..., None]]:
     )
 
     amount = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    described, noted = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False)
+    columns = (described, BarColumn(), *amount, TimeRemainingColumn(), noted)
     bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
 
     def progress(done: int, total: int, note: str = "") -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..kernels.errors import ToyllmError
 from .checkpoint import DTYPES
-from .config import read_json
 from .cut_tensors import Made, Rounding
+from .json_files import read_object
 from .location import INDEX, WEIGHTS
 
 RECORD, RECORD_SCHEMA = "cut.json", "toyllm.cut-record/1"
@@ -149,7 +149,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """What a folder's cut.json says; None where there is none that toyllm wrote."""
     path = folder / RECORD
     try:
-        record = read_json(path) if path.is_file() and path.stat().st_size <= MAX_RECORD else {}
+        record = read_object(path) if path.is_file() and path.stat().st_size <= MAX_RECORD else {}
     except ToyllmError:
         return None
     return record if record.get("schema") == RECORD_SCHEMA else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..kernels.errors import ToyllmError
-from .config import read_json
+from .json_files import read_object
 from .location import ModelFiles
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def parse(where: str, document: bytes) -> "Library":
 
 def gpt2_document(vocab: Path, merges: Path) -> dict[str, Any]:
     """Write GPT-2's two older files as a tokenizer.json: their vocabulary and merges, with GPT-2's own splitting into words."""
-    ids = read_json(vocab)
+    ids = read_object(vocab)
     special = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     return {

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
+from ..kernels.errors import ToyllmError
+
 
 def open_streams() -> bool:
     """Make the standard streams UTF-8, whatever the locale; True unless there is no stdout to write to, which is said.
@@ -30,16 +32,29 @@ def open_streams() -> bool:
 
 
 def write(text: str) -> None:
-    """Data, as it is, to stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Data, as it is, to stdout, at once. Raises ToyllmError where stdout does not take it, BrokenPipeError where nobody reads any more."""
+    with stdout_named():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def write_bytes(data: bytes) -> None:
-    """Data that is no text, or perhaps none, to stdout."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    """Data that is no text, or perhaps none, to stdout; raises as `write` does."""
+    with stdout_named():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@contextmanager
+def stdout_named() -> Iterator[None]:
+    """Say of a failure to write that it was stdout's."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ToyllmError(f"stdout: cannot be written ({error.strerror or error}); what came before is incomplete") from error
 
 
 def write_json(command: str, document: dict[str, Any]) -> None:
@@ -55,14 +70,28 @@ def json_line(command: str, document: dict[str, Any]) -> str:
 
 def say(text: str) -> None:
     """A line for the person, to stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    write_aside(text + "\n")
 
 
 def say_dimmed(text: str) -> None:
     """Text for the person to read the data after, to stderr, without a line break; dimmed where colours belong."""
-    sys.stderr.write(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text)
-    sys.stderr.flush()
+    write_aside(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text)
+
+
+def write_aside(text: str) -> None:
+    """Write to stderr. Where it takes no more (full, its reader gone, its terminal closed) the rest leads nowhere: data comes first."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """Let a standard stream lead nowhere from now on: Python's own flush at exit would fail on it once again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def byte_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -120,8 +149,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if shown:
-            sys.stderr.write("\r\x1b[2K" + one_line(text)[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
+            write_aside("\r\x1b[2K" + one_line(text)[: shutil.get_terminal_size().columns - 1])
 
     try:
         yield show

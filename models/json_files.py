@@ -37,6 +37,20 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     """Parse a JSON object in which no name occurs twice, nor NaN or an infinity, which JSON does not have. Raises ToyllmError."""
+    try:
+        document = parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ToyllmError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(document, dict):
+        raise ToyllmError(f"{path}: expected a JSON object, found {type(document).__name__}; download it again")
+    return document
+
+
+def parse(text: bytes) -> Any:
+    """Parse JSON in whose objects no name occurs twice, nor NaN or an infinity.
+
+    Raises ValueError, of which UnicodeDecodeError is one, and RecursionError.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
@@ -54,13 +68,7 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
         constants.append(spelled)
         return constants
 
-    try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ToyllmError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(document, dict):
-        raise ToyllmError(f"{path}: expected a JSON object, found {type(document).__name__}; download it again")
-    return document
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
 
 
 def require_file(path: Path) -> None:

@@ -47,6 +47,7 @@ FOREIGN = (
 NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 MAX_RANK, MAX_ELEMENTS = 64, 2**59  # what a NumPy array can have, were each element 16 bytes
+LONGEST = 1000  # characters of a shard's name, folders included: what a message can still show
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def read_index(index: Path) -> dict[str, Path]:
 def shard_path(index: Path, name: str) -> Path:
     """Find the file that an index calls `name`: in the index's folder, or behind a link from there into a Hugging Face cache."""
     relative = Path(name)
-    if not name.isprintable() or not relative.parts or relative.is_absolute() or ".." in relative.parts:
+    if len(name) > LONGEST or not name.isprintable() or not relative.parts or relative.is_absolute() or ".." in relative.parts:
         raise ToyllmError(f"{index}: shard {brief(name)} is no name of a file in this folder; download the index again")
     path = index.parent / relative
     require_file(path)

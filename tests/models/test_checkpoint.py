@@ -378,6 +378,7 @@ BAD_INDEX = {
     "lone surrogate": (lambda f: write_index(f, {"a": "\ud800"}), "is no name of a file in this folder"),
     "no shard name": (lambda f: write_index(f, {"a": ""}), "is no name of a file in this folder"),
     "shard name too long": (lambda f: write_index(f, {"a": "x" * 300}), "cannot be read (File name too long)"),
+    "shard name of thousands": (lambda f: write_index(f, {"a": "a/" * 3000}), "is no name of a file in this folder"),
     "shard a folder": (lambda f: write_index(f, {"a": "more"}), "more: a folder, where a file is expected"),
     "link out": (link_out, "a link out of the model's folder"),
     "link cycle": (link_cycle, "cannot be read (Too many levels of symbolic links)"),

@@ -59,7 +59,7 @@ class Toyllm:
         self.about |= {"backend": self.model.kernels.name, "threading layer": threading_layer()}
 
     def start(self) -> None:
-        self.cache.truncate(0)
+        self.cache.remove(0, 0)
 
     def step(self, ids: np.ndarray) -> None:
         first = self.cache.length()

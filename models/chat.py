@@ -48,7 +48,7 @@ class Conversation:
         self.prompt: list[int] = []  # the last turn's
         self.written: list[Message] = []  # what the model wrote in the last turn, in other roles than its own too
         self._turns = 0
-        self._cache: Any = model.new_cache(self.context)
+        self._cache: Any = model.new_cache(self.context, keep=model.prefill_chunk)
         self._held: list[int] = []  # the ids whose keys and values the cache holds
         self._answer: Generator[Event] | None = None
 
@@ -100,9 +100,9 @@ class Conversation:
 
     def _hold(self, ids: Sequence[int]) -> None:
         """Step back to these ids, with which the cache begins; to nothing, where it no longer has all that they need."""
-        if not self._cache.truncate(len(ids)):
-            self._cache.truncate(0)
+        if not self._cache.can_resume(0, len(ids)):
             ids = ()
+        self._cache.remove(0, len(ids))
         self._held = list(ids)
 
 

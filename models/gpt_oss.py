@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.cells import cell_bytes
 from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
-from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
+from .cache import CausalCache, SlidingWindowCache, WrapperCache
 from .checkpoint import Checkpoint
 from .config import LARGEST, layers, positive, size
 from .taps import Tap, tap_inside, tap_scores
@@ -361,24 +362,56 @@ def make_buffers(c: Config, rows: int) -> Buffers:
     )
 
 
-def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False) -> WrapperCache:
-    """A KV cache for so many sequences: rings of window + chunk on sliding layers, `capacity` positions on the others."""
-    sliding = c.sliding
-    shape = (c.num_key_value_heads, c.head_dim, sequences, capacity)
+def make_cache(
+    c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False, keep: int = 0
+) -> WrapperCache:
+    """A KV cache for so many sequences of up to `capacity` positions in passes of up to `chunk` tokens.
+
+    Sliding layers remember their window and, so that a sequence can step back, the `keep` positions before it.
+    """
+    sizes = (c.num_key_value_heads, c.head_dim, sequences, capacity)
+    memory, batch = sliding_room(c, sequences, capacity, chunk, keep)
+    shift = functools.partial(shifted, c)
     caches: list[CausalCache] = []
-    if any(sliding):
-        caches.append(SlidingWindowCache(sum(sliding), *shape, c.sliding_window, chunk, dtype, poison))
-    if not all(sliding):
-        caches.append(CausalCache(len(sliding) - sum(sliding), *shape, dtype, poison))
-    layers = [(0 if slides else len(caches) - 1, sliding[:i].count(slides)) for i, slides in enumerate(sliding)]
-    return WrapperCache(caches, layers)
+    if n := sum(c.sliding):
+        sliding = SlidingWindowCache(n, *sizes, batch, dtype, shift, window=c.sliding_window, memory=memory, poison=poison)
+        caches.append(sliding)
+    if n := len(c.sliding) - sum(c.sliding):
+        caches.append(CausalCache(n, *sizes, chunk, dtype, shift, poison=poison))
+    return WrapperCache(caches)
 
 
-def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:
-    """Bytes of keys and values for one sequence of `capacity` positions."""
-    cell = 2 * DTYPES[dtype].itemsize * c.num_key_value_heads * c.head_dim
-    rings = sum(c.sliding)
-    return cell * (rings * min(c.sliding_window + chunk - 1, capacity) + (len(c.sliding) - rings) * whole_blocks(capacity))
+def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32", sequences: int = 1, keep: int = 0) -> int:
+    """Bytes of keys and values of such a cache."""
+    cell = 2 * cell_bytes(c.head_dim, dtype) * c.num_key_value_heads
+    memory, batch = sliding_room(c, sequences, capacity, chunk, keep)
+    sliding = sum(c.sliding)
+    return cell * (sliding * (sequences * memory + batch) + (len(c.sliding) - sliding) * sequences * capacity)
+
+
+def sliding_room(c: Config, sequences: int, capacity: int, chunk: int, keep: int) -> tuple[int, int]:
+    """A sliding layer's memory, and the most tokens of a pass: no more than there can be."""
+    return max(c.sliding_window, min(c.sliding_window + keep, capacity)), min(chunk, sequences * capacity)
+
+
+@functools.cache
+def layer_places(c: Config) -> tuple[tuple[int, int], ...]:
+    """Of each layer, its type in the cache, and its number among those of the type."""
+    full = int(any(c.sliding))  # the sliding ones come first, if there are any
+    return tuple((0 if slides else full, c.sliding[:i].count(slides)) for i, slides in enumerate(c.sliding))
+
+
+def shifted(c: Config, layer: int, key: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Keys f32 [n, G, Dh] as they would be at positions by `offsets` int64 [n] higher; in place.
+
+    Turned by the angle alone, formed in f64: YaRN's factor is on them already.
+    """
+    from ..kernels.rotary import rotate_kernel
+
+    del layer  # all turn alike
+    angles = offsets[:, None] * frequencies(c)[0].astype(np.float32).astype(np.float64)  # the frequencies of `rotations`
+    rotate_kernel(key, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), not c.hf_rope_impl)
+    return key
 
 
 # ---- attention, mixture of experts, block, forward --------------------------------------------------------------------------
@@ -409,7 +442,7 @@ def attention(
     c: Config,
     k: "Backend",
     buffers: Buffers,
-    cache: WrapperCache,
+    cache: CausalCache,
     turn: tuple[np.ndarray, np.ndarray],
     tap: Tap | None,
 ) -> np.ndarray:
@@ -468,7 +501,7 @@ def block(
     c: Config,
     k: "Backend",
     buffers: Buffers,
-    cache: WrapperCache,
+    cache: CausalCache,
     turn: tuple[np.ndarray, np.ndarray],
     tap: Tap | None,
 ) -> None:
@@ -511,9 +544,10 @@ def forward(
     if tap:
         tap("embed", x)
     turn = rotations(c, positions)
-    for i, weights in enumerate(w.blocks):
-        cache.set_layer(i)
-        block(x, weights, i, c, k, buffers, cache, turn, tap)
+    for i, (weights, (kind, number)) in enumerate(zip(w.blocks, layer_places(c), strict=True)):
+        cache.set_layer_type(kind)
+        cache.set_layer(number)
+        block(x, weights, i, c, k, buffers, cache.chosen, turn, tap)
     n = T if tap and tap.reader else len(logits)
     if not n:
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..kernels.cells import cell_bytes
 from ..kernels.errors import ToyllmError
 from .cache import BLOCK, DTYPES
 from .params import Anatomy, Entry, anatomy, one_layer, sizes
@@ -187,7 +188,7 @@ def per_token(a: Anatomy, part: Part, run: Running) -> PerToken:
     """Bytes and operations of one decoded token in a part."""
     s = sizes(a.config)
     seen = sum(min(run.context, s.windows[i] or run.context) for i in part.layers)
-    cell = 2 * s.G // part.shards * s.Dh * DTYPES[run.cache_dtype].itemsize
+    cell = 2 * s.G // part.shards * cell_bytes(s.Dh, run.cache_dtype)
     attention = 4 * s.H // part.shards * s.Dh * seen  # q · k and the sum of v, a product and a sum each
     entries = held(part.entries, run.weights)
     return PerToken(sum(e.read for e in entries), cell * seen, sum(e.flops for e in entries) + attention)

@@ -111,13 +111,18 @@ class Model:
         log.info("context reduced from %d to %d: %s", most, fits, figures)
         return fits
 
-    def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
-        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's). Raises OutOfMemory."""
+    def new_cache(self, context: int | None = None, sequences: int = 1, keep: int = 0) -> Any:
+        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's); see `models.cache`.
+
+        `keep` is how many positions a sequence can step back from where a pass began, for layers that would have forgotten what it then
+        sees. Raises OutOfMemory.
+        """
         room = self.config.context if context is None else context
+        sizes = (self.prefill_chunk, self.cache_dtype)
         try:
-            return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
+            return self.family.make_cache(self.config, sequences, room, *sizes, self.poison_cache, keep)
         except MemoryError as error:
-            nbytes = sequences * self.family.cache_bytes(self.config, room, self.prefill_chunk, self.cache_dtype)
+            nbytes = self.family.cache_bytes(self.config, room, *sizes, sequences, keep)
             text = f"--context {room}: the KV cache takes {nbytes / 1e9:.2f} GB, which the system does not give; try a smaller --context"
             raise OutOfMemory(text, room) from error
 
@@ -140,7 +145,10 @@ class Model:
         """
         tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
         self._check_batch(tokens, positions, sequences)
+        check_follows(cache, positions, sequences)
         T = len(tokens)
+        if self.prefill_chunk < T:
+            cache.check_room(positions, sequences, self.prefill_chunk)
         if self._buffers is None or len(self._buffers.x) < min(T, self.prefill_chunk):
             self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
         logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32) if out is None else out
@@ -181,6 +189,16 @@ class Model:
         from .generation import Settings, encode_prompt, generate
 
         return generate(self, encode_prompt(self, prompt), settings or Settings(), context)
+
+
+def check_follows(cache: Any, positions: np.ndarray, sequences: np.ndarray) -> None:
+    """Raise ToyllmError, naming the sequence, where positions do not follow those that the cache holds; an empty one begins anywhere."""
+    for sequence in dict.fromkeys(sequences.tolist()):
+        mine = positions if len(positions) == 1 else positions[sequences == sequence]
+        stored = cache.next_position(sequence)
+        expected = int(mine[0]) if stored is None else stored
+        if mine[0] != expected or (len(mine) > 1 and (np.diff(mine) != 1).any()):
+            raise ToyllmError(f"sequence {sequence}: expected positions from {expected} on, one after the other")
 
 
 def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:

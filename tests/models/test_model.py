@@ -147,7 +147,7 @@ def test_a_batch_that_does_not_fit_is_one_line_and_changes_nothing(
 def test_a_full_cache_refuses_and_goes_on_as_if_never_asked(model: Model) -> None:
     cache = model.new_cache(3)
     model.forward(IDS[:2], [0, 1], [0, 0], cache)
-    with pytest.raises(CacheFull, match="4 positions do not fit a KV cache of 3"):
+    with pytest.raises(CacheFull, match="the KV cache is full: 2 more positions, 1 of 3 cells are free"):
         model.forward(IDS[2:4], [2, 3], [0, 0], cache)
     assert cache.length() == 2
     np.testing.assert_array_equal(model.forward(IDS[2:3], [2], [0], cache)[0], alone(model, IDS[:3])[2])

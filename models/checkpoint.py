@@ -47,7 +47,7 @@ FOREIGN = (
 NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 MAX_RANK, MAX_ELEMENTS = 64, 2**59  # what a NumPy array can have, were each element 16 bytes
-LONGEST = 1000  # characters of a shard's name, folders included: what a message can still show
+LONGEST = 1000  # characters of a name, a tensor's or a shard's with its folders: messages, lists and tables show names whole
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,17 @@ def shard_path(index: Path, name: str) -> Path:
         raise ToyllmError(f"{index}: shard {brief(name)} is no name of a file in this folder; download the index again")
     path = index.parent / relative
     require_file(path)
-    target = path.resolve()
-    cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
-    cached |= any(target.is_relative_to(blobs) for blobs in shared_blobs(index))
-    if not cached and not target.is_relative_to(index.parent.resolve()):
+    target, folder = path.resolve(), index.parent.resolve()
+    if not any(target.is_relative_to(place) for place in (folder, *blobs(folder))):
         raise ToyllmError(f"{path}: a link out of the model's folder, to {target}; put the file itself there")
     return path
 
 
-def shared_blobs(index: Path) -> list[Path]:
-    """Where the Hugging Face cache that holds this index keeps files for all its models: those that came through Xet."""
-    snapshot = index.absolute().parent
-    if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
-        return [snapshot.parents[2].resolve() / "blobs"]
+def blobs(folder: Path) -> list[Path]:
+    """Where a Hugging Face cache keeps the files of a snapshot in it: the model's own, and those that came through Xet, for all models."""
+    for snapshots in folder.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return [snapshots.parent / "blobs", snapshots.parents[1] / "blobs"]
     return []
 
 
@@ -221,6 +219,8 @@ def read_tensors(header: bytes, size: int, path: Path) -> list[Tensor]:
 
 def read_tensor(name: str, entry: Any, data: int, path: Path) -> Tensor:
     """Read one entry of a header; the data begin at byte `data` of the file. Raises ToyllmError."""
+    if len(name) > LONGEST:
+        raise ToyllmError(f"{path}: tensor {brief(name)}: a name of {len(name):,} characters, at most {LONGEST:,} are read")
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end < 2**63:
             pass

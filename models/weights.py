@@ -10,6 +10,7 @@ import numpy as np
 from ..kernels.dtypes import BF16, F16, F32, widen
 from ..kernels.errors import ToyllmError
 from .checkpoint import Checkpoint, Tensor
+from .json_files import brief
 
 log = logging.getLogger("toyllm")
 
@@ -37,11 +38,13 @@ def match(checkpoint: Checkpoint, specs: Mapping[str, Spec], prefixes: tuple[str
             continue
         key = ours.get(bare)
         if key is None:
-            raise ToyllmError(f"{tensor.path}: tensor {tensor.name} is not part of this architecture; is config.json the right one?")
+            name = brief(tensor.name)[1:-1]  # of any length; those that are known are short
+            raise ToyllmError(f"{tensor.path}: tensor {name} is not part of this architecture; is config.json the right one?")
         if key in found:
             raise ToyllmError(f"{tensor.path}: tensors {found[key].name} and {tensor.name} are the same weight; keep one")
         if tensor.shape != specs[key].shape:
-            raise ToyllmError(f"{tensor.path}: tensor {tensor.name}: expected shape {list(specs[key].shape)}, found {list(tensor.shape)}")
+            expected, shape = list(specs[key].shape), brief(list(tensor.shape))
+            raise ToyllmError(f"{tensor.path}: tensor {tensor.name}: expected shape {expected}, found {shape}")
         found[key] = tensor
     missing = [spec.name for key, spec in specs.items() if key not in found and not spec.optional]
     if missing:

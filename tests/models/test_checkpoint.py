@@ -200,7 +200,8 @@ DAMAGED = {
     "size against shape, dtype not read": (raw({"w": entry("F8_E4M3", (3,))}, bytes(8)), LIBRARY),
     "unknown dtype": (raw({"w": entry("F33")}, bytes(8)), "unknown variant `F33`"),
     "escape sequence in a name": (raw({"\x1b]0;x\x07\nw": entry(end=9)}, bytes(9)), r"'\x1b]0;x\x07\nw'"),
-    "very long name": (raw({"w" * 100_000: entry(end=9)}, bytes(9)), "www...www"),
+    "very long name": (raw({"w" * 100_000: entry()}, bytes(8)), "www...www"),
+    "name of 1,001": (raw({"w" * 1001: entry()}, bytes(8)), "a name of 1,001 characters, at most 1,000 are read"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(80), "a GGUF file"),
     "zip": (b"PK\3\4" + bytes(80), "a zip archive as torch.save writes it"),
@@ -326,6 +327,20 @@ def test_links_into_the_hugging_face_cache_are_followed_and_no_others(sharded, t
     assert list(open_index(snapshot).tensors) == ["b", "c", "a"]
     (repo / "blobs").rename(repo / "elsewhere")
     (repo / "blobs").symlink_to("elsewhere")
+    with pytest.raises(ToyllmError, match="a link out of the model's folder"):
+        open_index(snapshot)
+
+
+def test_a_link_into_the_blobs_of_another_model_is_refused(sharded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hub" / "models--owner--other" / "blobs"
+    other.mkdir(parents=True)
+    (sharded / SHARD).rename(other / "0")
+    (sharded / SHARD).symlink_to(other / "0")
+    with pytest.raises(ToyllmError, match="a link out of the model's folder"):
+        open_index(sharded)
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "0"
+    snapshot.parent.mkdir(parents=True)
+    sharded.rename(snapshot)
     with pytest.raises(ToyllmError, match="a link out of the model's folder"):
         open_index(snapshot)
 

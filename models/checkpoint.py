@@ -47,6 +47,7 @@ FOREIGN = (
 NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 MAX_RANK, MAX_ELEMENTS = 64, 2**59  # what a NumPy array can have, were each element 16 bytes
+MAX_EMPTY = 2**20  # places in the axes of a tensor without elements: no bytes of the file bound what walking along them costs
 LONGEST = 1000  # characters of a name, a tensor's or a shard's with its folders: messages, lists and tables show names whole
 
 
@@ -229,6 +230,8 @@ def read_tensor(name: str, entry: Any, data: int, path: Path) -> Tensor:
     sizes = all(type(n) is int and n >= 0 for n in shape)
     if not sizes or len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
         raise ToyllmError(f"{path}: tensor {brief(name)}: shape {brief(shape)} is none that an array can have")
+    if 0 in shape and math.prod(max(n, 1) for n in shape) > MAX_EMPTY:
+        raise ToyllmError(f"{path}: tensor {brief(name)}: shape {brief(shape)} holds nothing, in more places than any tensor has")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         takes = f"{dtype} {brief(shape)} takes {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes"
         raise ToyllmError(f"{path}: tensor {brief(name)}: {takes}, its data_offsets give it {end - begin:,}; download it again")

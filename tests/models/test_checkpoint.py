@@ -189,6 +189,7 @@ DAMAGED = {
     "shape overflows": (raw({"w": entry(shape=(2**63, 2), end=0)}), SHAPE),
     "shape overflows to the right size": (raw({"w": entry(shape=(2**62 + 1, 4), end=16)}, bytes(16)), SHAPE),
     "shape overflows beside a 0": (raw({"w": entry(shape=(0, 2**62), end=0)}), SHAPE),
+    "empty, of 2^40 rows": (raw({"w": entry(shape=(2**40, 0), end=0)}), "shape [1099511627776, 0] holds nothing, in more places"),
     "rank 65": (raw({"w": entry(shape=(1,) * 65, end=4)}, bytes(4)), SHAPE),
     "overlap": (raw({"v": entry(), "w": entry(begin=4, end=12)}, bytes(12)), "'w' begins at byte 135, expected 139"),
     "hole": (raw({"v": entry(), "w": entry(begin=12, end=20)}, bytes(20)), "'w' begins at byte 144, expected 140"),

@@ -49,6 +49,11 @@ def family_of(document: dict[str, Any], where: Path) -> ModuleType:
     return importlib.import_module(f".{FAMILIES[model_type]}", __package__)
 
 
+def optional_positive() -> Any:
+    """A dataclass field for a number above 0 that may be null."""
+    return field(default=None, metadata={"above": 0.0})
+
+
 def read_config(cls: type[C], document: dict[str, Any], where: Path) -> C:
     """`cls` filled from the document's keys of the same names, its defaults elsewhere; keys it does not know are not looked at."""
     return cls(**{f.name: checked(document[f.name], f, where) for f in fields(cls) if f.name in document})  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
 from .cache import CausalCache, SlidingWindowCache, WrapperCache
 from .checkpoint import Checkpoint
-from .config import LARGEST, layers, positive, size
+from .config import LARGEST, layers, optional_positive, positive, size
 from .taps import Tap, tap_inside, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
@@ -60,6 +60,9 @@ class Config:
     rope_beta_fast: float = positive(32.0)
     rope_beta_slow: float = positive(1.0)
     rope_truncate: bool = False
+    rope_attention_factor: float | None = optional_positive()  # on cos and sin; only YaRN's own, 0.1 ln(factor) + 1, is run
+    rope_mscale: float | None = optional_positive()  # with the next, another way to say the same
+    rope_mscale_all_dim: float | None = optional_positive()
     hf_rope_impl: bool = True  # pairs (i, i + Dh/2); false: (2 i, 2 i + 1)
     tie_word_embeddings: bool = False
     bos_token_id: tuple[int, ...] = ()
@@ -101,7 +104,12 @@ ROPE_SPELLINGS = {
     "beta_fast": "rope_beta_fast",
     "beta_slow": "rope_beta_slow",
     "truncate": "rope_truncate",
+    "attention_factor": "rope_attention_factor",
+    "mscale": "rope_mscale",
+    "mscale_all_dim": "rope_mscale_all_dim",
 }
+# what transformers takes where rope settings are given without these; those of a config.json that gives none are `Config`'s
+ROPE_SILENT = {"rope_type": "default", "rope_truncate": True}
 
 
 def normalise(document: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def normalise(document: dict[str, Any]) -> dict[str, Any]:
         settings = document.get(place)
         if isinstance(settings, dict):
             flat |= {ROPE_SPELLINGS[key]: value for key, value in settings.items() if key in ROPE_SPELLINGS}
+            flat = ROPE_SILENT | flat
         elif settings is not None:
             flat["rope_type"] = settings  # to be refused there
     if "initial_context_length" in document:
@@ -143,12 +152,31 @@ def check(c: Config, where: Path) -> None:
         raise wrong("rope_theta", f"expected a number above 1, found {c.rope_theta:g}")
     if not 1 <= c.rope_factor <= LARGEST:
         raise wrong("rope_factor", f"expected 1 to {LARGEST}, found {c.rope_factor:g}")
+    factor, known = attention_factor(c)
+    if not math.isclose(factor, known, rel_tol=1e-6):
+        raise wrong("rope_attention_factor", f"expected YaRN's own for this rope_factor, {known:g}, found {factor:g}")
     if c.layer_types is not None:
         if len(c.layer_types) != c.num_hidden_layers:
             raise wrong("layer_types", f"{len(c.layer_types)} entries for num_hidden_layers {c.num_hidden_layers}")
         odd = next((kind for kind in c.layer_types if kind not in (SLIDING, FULL)), None)
         if odd is not None:
             raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {odd!r}")
+
+
+def attention_factor(c: Config) -> tuple[float, float]:
+    """The factor on cos and sin that a configuration asks for, as transformers reads it (modeling_rope_utils), and YaRN's own."""
+
+    def scaled(by: float) -> float:
+        return 0.1 * by * math.log(c.rope_factor) + 1
+
+    if c.rope_type != "yarn":
+        return 1.0, 1.0
+    known = scaled(1)
+    if c.rope_attention_factor is not None:
+        return c.rope_attention_factor, known
+    if c.rope_mscale and c.rope_mscale_all_dim:
+        return scaled(c.rope_mscale) / scaled(c.rope_mscale_all_dim), known
+    return known, known
 
 
 # ---- names in the checkpoint ------------------------------------------------------------------------------------------------

@@ -124,8 +124,9 @@ def encode_prompt(model: "Model", prompt: str | Sequence[int], special: bool = T
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise ToyllmError(f"{model.files.name}: no tokenizer beside the weights; give ids with --prompt-ids")
-        ids = model.tokenizer.encode(prompt, special=special) or list(model.config.bos_token_id[:1])
+        ids = model.tokenizer.encode(prompt, special=special) or list((model.defaults.bos_token_id or model.config.bos_token_id)[:1])
     else:
+        check_ids(prompt, model.vocab_size)
         ids = [int(i) for i in prompt]
     if not ids:
         raise ToyllmError("the prompt is empty, and this model has no beginning-of-text token to start from; give at least one token")

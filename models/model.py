@@ -143,7 +143,8 @@ class Model:
         each activation as it is made, and changed where the model's are: a buffer that the next one overwrites; copy it to keep it. Raises
         ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
         """
-        tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
+        named = {"tokens": tokens, "positions": positions, "sequences": sequences}
+        tokens, positions, sequences = (integers(name, array) for name, array in named.items())
         self._check_batch(tokens, positions, sequences)
         check_follows(cache, positions, sequences)
         T = len(tokens)
@@ -203,10 +204,18 @@ def check_follows(cache: Any, positions: np.ndarray, sequences: np.ndarray) -> N
 
 def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:
     """Raise ToyllmError, naming the first, where an id is no row of the embedding."""
-    array = np.asarray(ids, np.int64)
+    array = integers("ids", ids)
     outside = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(outside):
         raise ToyllmError(f"token id {array[outside[0]]} (number {outside[0] + 1} of {len(array)}): expected 0 to {vocab_size - 1}")
+
+
+def integers(name: str, values: np.ndarray | Sequence[int]) -> np.ndarray:
+    """The values as int64. Raises ToyllmError for what are no whole numbers: NumPy would cut off what follows the point."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ToyllmError(f"{name}: expected integers of 64 bits, found {array.dtype}")
+    return array.astype(np.int64, copy=False)
 
 
 def ignore(*_: object) -> None:

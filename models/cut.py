@@ -40,7 +40,6 @@ from .cut_files import (
     json_bytes,
     make_shards,
     read_record,
-    whole_folder,
     write_shard,
 )
 from .cut_table import DIALECTS, ORIGINAL, Kept, Source, make_tensors, open_source
@@ -50,6 +49,7 @@ from .location import ModelFiles, find_model, list_files
 from .params import count, entry, sizes
 from .tensor_values import MXFP4
 from .weights import Spec
+from .whole import whole_folder
 
 COPIED = (
     "generation_config.json",
@@ -259,7 +259,7 @@ def write(plan: Plan, out: Path, force: bool = False, progress: Callable[[int, i
         if progress:
             progress(done, total)
 
-    with whole_folder(path, force) as partial:
+    with whole_folder(path, lambda: check_folder(path, force)) as partial:
         for shard in plan.shards:
             write_shard(partial, shard, rounding, advance)
         for name, data in plan.documents.items():

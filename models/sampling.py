@@ -38,6 +38,10 @@ class Sampler:
         self._counts[token] += 1
         return token
 
+    def forget(self, ids: Sequence[int]) -> None:
+        """Tokens that have left the context are no longer counted in it."""
+        np.subtract.at(self._counts, np.asarray(ids, np.int64), 1)
+
 
 def penalise(logits: np.ndarray, counts: np.ndarray, repetition: float, presence: float, frequency: float) -> None:
     """Make tokens that have occurred less likely, in place; logits and counts f32 [V].

@@ -480,7 +480,7 @@ def test_a_token_costs_no_new_buffer() -> None:
     finally:
         tracemalloc.stop()
     assert peak - before < 12_000
-    assert after - before < 4_000
+    assert after - before < 4_000 + 50 * 60, "the ids that the cache holds, and little else"
 
 
 def test_an_abandoned_generation_leaves_the_model_as_it_was() -> None:

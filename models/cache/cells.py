@@ -303,7 +303,8 @@ class Cells:
         mask = np.zeros((len(self.new), len(cells)), bool)
         for seen, begin, end in zip(mask, self.begin, self.end, strict=True):
             seen[cells.searchsorted(self.cells[begin:end])] = True
-        return cells, mask
+        anyone = mask.any(0)
+        return (cells, mask) if anyone.all() else (cells[anyone], mask[:, anyone])
 
     # ---- sequences ----------------------------------------------------------------------------------------------------------
 

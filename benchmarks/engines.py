@@ -90,7 +90,7 @@ def rounding_as_llama_cpp(kernels: Any) -> Any:
         rounded = codes * scale.astype(np.float16).astype(np.float32)
         kernels.matmul_mxfp4(rounded.reshape(x.shape), *others)
 
-    return replace(kernels, matmul=matmul, matmul_mxfp4=matmul_mxfp4, fused=False)
+    return replace(kernels, matmul=matmul, matmul_mxfp4=matmul_mxfp4, single=None)
 
 
 class LlamaCpp:

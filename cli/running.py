@@ -56,6 +56,7 @@ def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
         "threads": loaded.threads,
         "backend": loaded.kernels.name,
         "activations": loaded.kernels.activations,
+        "exact": loaded.kernels.exact,
         "weights": loaded.kernels.weights,
         "moe": loaded.kernels.mixing.algorithm,
         "tokens_per_expert_ratio": loaded.kernels.mixing.ratio,

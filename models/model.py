@@ -243,10 +243,11 @@ def load(
     The weights stay in the memory map; with `weights` "q8" the dense ones are copied in 8 bits, and the copies used. `backend` is one of
     kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the physical cores), `prefill_chunk` the most tokens a
     pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache` fills the KV cache with NaN; `moe` is one of
-    kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `activations` "bf16" lets products of many rows round activations,
-    where the processor gains by it; `exact` forbids that and copies. `attention` is one of kernels.backends.ATTENTION: "plain" computes
-    it unfused, to check. `preload` is called with the files when all is found right and before they are read, `progress` with the
-    bytes of weights copied so far and in all, where that takes long. Raises ToyllmError for what cannot be found, read or run.
+    kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. Activations before MXFP4 weights are held in 16 bits where the
+    processor gains by it, and with `activations` "bf16" those of products of many rows in 8; `exact` forbids both, and copies.
+    `attention` is one of kernels.backends.ATTENTION: "plain" computes it unfused, to check. `preload` is called with the files when all
+    is found right and before they are read, `progress` with the bytes of weights copied so far and in all, where that takes long.
+    Raises ToyllmError for what cannot be found, read or run.
     """
     for option, value, usual in (("activations", activations, "f32"), ("weights", weights, "stored")):
         if exact and value != usual:
@@ -269,7 +270,7 @@ def load(
     from ..kernels.moe import check_mixing
     from ..kernels.threads import set_threads
 
-    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention, weights)
+    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention, weights, exact)
     threads = set_threads(threads)
     model = Model(files, family, config, checkpoint, stored, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)
     preload(checkpoint.shards)

@@ -1,11 +1,11 @@
-"""How tests store in a cache and read what each token of a batch sees: through `get`, and through what attention reads."""
+"""Caches for tests; how these store in one, and read what each token of a batch sees: through `get`, and as attention does."""
 
 from typing import Any
 
 import numpy as np
 
 from toyllm.kernels.cells import load
-from toyllm.models.cache import BLOCK, CausalCache, WrapperCache
+from toyllm.models.cache import BLOCK, CausalCache, ChunkedCache, SlidingWindowCache, WrapperCache
 
 L, G, DH = 2, 2, 3
 MOVED = 1024.0  # what a key changes by when it moves by a position
@@ -16,6 +16,25 @@ def shift(layer: int, key: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     assert key.dtype == np.float32
     assert key.shape == (len(offsets), G, DH)
     return key + np.float32(MOVED + layer) * offsets[:, None, None].astype(np.float32)
+
+
+SIZES: dict[str, Any] = {"layers": L, "kv_heads": G, "head_dim": DH, "max_sequences": 3, "capacity": 16, "max_batch": 16, "shift": shift}
+
+
+def causal(**sizes: Any) -> CausalCache:
+    return CausalCache(**SIZES | sizes)
+
+
+def sliding(window: int, **sizes: Any) -> SlidingWindowCache:
+    return SlidingWindowCache(**SIZES | {"window": window} | sizes)
+
+
+def chunked(chunk: int, **sizes: Any) -> ChunkedCache:
+    return ChunkedCache(**SIZES | {"chunk": chunk} | sizes)
+
+
+def wrapper(window: int = 3, **sizes: Any) -> WrapperCache:
+    return WrapperCache([sliding(window, **sizes), causal(**sizes)])
 
 
 def rows(numbers: Any, layer: int, moved: Any = 0) -> np.ndarray:

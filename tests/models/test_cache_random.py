@@ -250,8 +250,8 @@ class Pair:
 
 def check_reads(cache: Any, member: CausalCache, layer: int, expected: list[list[Stored]]) -> None:
     """Keys and values of each token, by `get` and as attention reads them."""
-    every = [(t, e.number, e.moved, e.position) for t, seen in enumerate(expected) for e in seen]
-    token, number, moved, position = np.array(every, np.int64).T
+    every = [(t, e) for t, seen in enumerate(expected) for e in seen]
+    token, number, moved = np.array([(t, e.number, e.moved) for t, e in every], np.int64).T
     order = np.lexsort((number, token))
     token, keys, values = token[order], rows(number, layer, moved)[order], -rows(number, layer)[order]
 
@@ -269,8 +269,9 @@ def check_reads(cache: Any, member: CausalCache, layer: int, expected: list[list
     value = member.values[:, cells].swapaxes(0, 1)
     check(tokens, member.keys[:, cells].swapaxes(0, 1), value)
     inside = tokens[1:] == tokens[:-1]
-    places = dict(zip(number.tolist(), position.tolist(), strict=True))
-    positions = np.array([places[n] for n in np.rint(-value[:, 0, 0] - layer / 8).astype(int).tolist()])
+    places = {(t, e.number): e.position for t, e in every}
+    numbers = np.rint(-value[:, 0, 0] - layer / 8).astype(int).tolist()
+    positions = np.array([places[key] for key in zip(tokens.tolist(), numbers, strict=True)])
     assert (np.diff(positions)[inside] >= 0).all(), "in order of position"
     if member.adjoining:
         assert (np.diff(cells)[inside] == 1).all()

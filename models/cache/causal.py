@@ -214,15 +214,15 @@ class CausalCache:
         check_sequence(sequence)
         begin = min(check_size("begin", begin, 0), MOST)
         end = ENDLESS if end is None else min(check_size("end", end, begin), ENDLESS)
-        low = int(self._cells.positions(sequence).searchsorted(end))
-        behind = self._cells.stored(sequence)[low:].copy()
         if begin == end:
             return lambda: None
+        behind, onto, _ = self._cells.close_up(sequence, begin, end)
         keys = self._shifted(sequence, behind, begin - end) if len(behind) else []
 
         def commit() -> None:
             for layer, rows in enumerate(keys):
-                self._keys[layer][:, behind] = rows
+                self._keys[layer][:, onto] = rows
+                self._values[layer][:, onto] = self._values[layer][:, behind]
             self._cells.cut(sequence, begin, end)
 
         return commit

@@ -334,8 +334,20 @@ class Cells:
         if free < n:
             raise CacheFull(f"the KV cache is full: {n} positions to restore, {free} of {self.count} cells are free")
 
+    def close_up(self, sequence: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `cut` does to cells: those behind `end`, those that hold the same positions afterwards, and those given back.
+
+        What is behind moves into the cells that are cut, so that neighbours stay neighbours, unless another sequence holds these.
+        """
+        cells = self.stored(sequence)
+        low, high = (int(i) for i in self.positions(sequence).searchsorted((begin, end)))
+        behind = cells[high:].copy()
+        if low < high and self.shared(cells[low:high]):
+            return behind, behind, cells[low:high].copy()
+        return behind, cells[low : low + len(behind)].copy(), cells[low + len(behind) :].copy()
+
     def cut(self, sequence: int, begin: int, end: int) -> None:
-        """A sequence loses positions from `begin` up to `end`; those behind move down by as many."""
+        """A sequence loses positions from `begin` up to `end`; those behind move down by as many, in cells as `close_up` has it."""
         row = self._rows.get(sequence)
         if not row:
             return
@@ -343,14 +355,14 @@ class Cells:
         low, high = (int(i) for i in stored.searchsorted((begin, end)))
         index, oldest = row.before + row.first, int(stored[0])
         index -= max(0, min(end, oldest) - max(begin, oldest - index))  # what was forgotten is cut too
-        self._give_back(cells[low:high])
+        _, onto, gone = self.close_up(sequence, begin, end)
+        self._give_back(gone)
         if high == len(stored) and low:
             row.last = row.first + low
             if row.run >= row.last:
                 row.run = run_start(self._table[row.number, : row.last], row.first)
         elif low or high < len(stored):
-            kept = np.concatenate((cells[:low], cells[high:]))
-            self._write(row, index, kept, np.concatenate((stored[:low], stored[high:] - (end - begin))))
+            self._write(row, index, np.concatenate((cells[:low], onto)), np.concatenate((stored[:low], stored[high:] - (end - begin))))
         else:
             self._end(sequence)
         self.rest()

@@ -176,3 +176,16 @@ def test_nothing_saved_is_nothing_restored() -> None:
     cache.restore(3, *cache.state(1))
     assert cache.positions(3).tolist() == []
     assert forward(cache, [0], [3]) == [[300]]
+
+
+def test_what_moves_keeps_its_cells_together() -> None:
+    """Through many removals from the middle of a full cache, with another sequence beside it."""
+    cache = causal(capacity=30)
+    forward(cache, [0, 1], [4, 4])
+    for round_ in range(20):
+        while len(cache.positions(0)) < 30:
+            cache.start_forward([cache.next_position(0) or 0], [0])
+            put(cache, [cache.next_position(0) - 1])
+            assert cache.adjoining, round_
+        cache.remove(0, 3, 12)
+        assert len(cache.positions(0)) == 21

@@ -24,6 +24,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .threads import choose_threading_layer
@@ -231,7 +232,9 @@ class KernelCache(FunctionCache):
         found = None
         self.began = time.perf_counter()
         try:
-            found = super().load_overload(sig, target_context)
+            with self._guard_against_spurious_io_errors():
+                rtsys.initialize(target_context)  # all that running takes; Numba fills its tables for compiling here, a fifth of a start
+                found = self._load_overload(sig, target_context)
         except Exception as error:  # noqa: BLE001 - unpickling damaged bytes raises anything
             say_once(f"a compiled kernel could not be read ({type(error).__name__}); it is compiled anew")
         if found is None:

@@ -14,6 +14,7 @@ from ..kernels.jit import preparing_seconds
 from .config import GenerationDefaults
 from .held import Held, Shift
 from .model import check_ids
+from .nonfinite import NotFinite, explained
 from .sampling import Sampler, logprobs
 
 if TYPE_CHECKING:
@@ -185,7 +186,10 @@ def steps(
                 dropped = held.shift(keep)
                 yield run.shifted(Shift(room, keep, len(dropped), len(held.ids) - keep), dropped)
             held.read([run.token], out=logits)
-        event = run.push(logits[0])
+        try:
+            event = run.push(logits[0])
+        except NotFinite:
+            raise explained(model, held.ids) from None
         held.next = None if run.token in settings.eos else run.token
         yield event
     yield run.finish()

@@ -70,4 +70,7 @@ def mxfp4_bytes(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
 
 def vector(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
     """A bias or norm weight, widened once to f32: small, and read whole by every token."""
-    return np.ascontiguousarray(widen(matrix(checkpoint, tensor)), np.float32)
+    wide = np.ascontiguousarray(widen(matrix(checkpoint, tensor)), np.float32)
+    if not np.isfinite(wide).all():
+        log.warning("%s: tensor %s holds NaN or infinity; `toyllm check` says where", tensor.path, tensor.name)
+    return wide

@@ -38,7 +38,7 @@ def describe(name: str, kind: str, folder: Path) -> Available:
     try:
         model_type = model_type_of(files)
         if model_type not in FAMILIES:
-            problem = f"model_type {json.dumps(model_type)} is not supported"
+            problem = f"model_type {json.dumps(model_type)[:80]} is not supported"
         elif files.weights is None:
             require_shards(files)
     except ToyllmError as error:

@@ -45,7 +45,7 @@ def family_of(document: dict[str, Any], where: Path) -> ModuleType:
         model_type = "gpt_oss"  # OpenAI's own config.json names no type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ToyllmError(f"{where}: model_type {json.dumps(model_type)} is not supported; toyllm runs {known}")
+        raise ToyllmError(f"{where}: model_type {json.dumps(model_type)[:80]} is not supported; toyllm runs {known}")
     return importlib.import_module(f".{FAMILIES[model_type]}", __package__)
 
 

@@ -22,6 +22,7 @@ from ..kernels.errors import ToyllmError
 from .cache import CausalCache
 from .checkpoint import Checkpoint
 from .config import layers, optional_size, positive, size
+from .json_files import brief
 from .taps import Tap, tap_scores
 from .weights import Spec, log, match, matrix, vector
 
@@ -80,7 +81,7 @@ def check(c: Config, where: Path) -> None:
     if c.n_embd % c.n_head:
         raise ToyllmError(f"{where}: n_head: {c.n_head} does not divide n_embd {c.n_embd}")
     if c.activation_function not in ACTIVATIONS:
-        raise ToyllmError(f"{where}: activation_function: expected {' or '.join(ACTIVATIONS)}, found {c.activation_function!r}")
+        raise ToyllmError(f"{where}: activation_function: expected {' or '.join(ACTIVATIONS)}, found {brief(c.activation_function)}")
     if c.add_cross_attention:
         raise ToyllmError(f"{where}: add_cross_attention: toyllm runs decoders without an encoder only")
 

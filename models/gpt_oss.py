@@ -23,6 +23,7 @@ from ..kernels.errors import ToyllmError
 from .cache import CausalCache, SlidingWindowCache, WrapperCache
 from .checkpoint import Checkpoint
 from .config import LARGEST, layers, optional_positive, positive, size
+from .json_files import brief
 from .taps import Tap, tap_inside, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
@@ -147,7 +148,7 @@ def check(c: Config, where: Path) -> None:
     if c.num_experts_per_tok > c.num_local_experts:
         raise wrong("num_experts_per_tok", f"{c.num_experts_per_tok} experts a token, but the model has {c.num_local_experts}")
     if c.rope_type not in ("yarn", "default"):
-        raise wrong("rope_type", f"expected yarn or default, found {c.rope_type!r}")
+        raise wrong("rope_type", f"expected yarn or default, found {brief(c.rope_type)}")
     if c.rope_theta <= 1:
         raise wrong("rope_theta", f"expected a number above 1, found {c.rope_theta:g}")
     if not 1 <= c.rope_factor <= LARGEST:
@@ -160,7 +161,7 @@ def check(c: Config, where: Path) -> None:
             raise wrong("layer_types", f"{len(c.layer_types)} entries for num_hidden_layers {c.num_hidden_layers}")
         odd = next((kind for kind in c.layer_types if kind not in (SLIDING, FULL)), None)
         if odd is not None:
-            raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {odd!r}")
+            raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {brief(odd)}")
 
 
 def attention_factor(c: Config) -> tuple[float, float]:
@@ -402,7 +403,7 @@ def make_cache(
     shift = functools.partial(shifted, c)
     caches: list[CausalCache] = []
     if n := sum(c.sliding):
-        sliding = SlidingWindowCache(n, *sizes, batch, dtype, shift, window=c.sliding_window, memory=memory, poison=poison)
+        sliding = SlidingWindowCache(n, *sizes, batch, dtype, shift, window=min(c.sliding_window, memory), memory=memory, poison=poison)
         caches.append(sliding)
     if n := len(c.sliding) - sum(c.sliding):
         caches.append(CausalCache(n, *sizes, chunk, dtype, shift, poison=poison))
@@ -419,7 +420,7 @@ def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32", sequen
 
 def sliding_room(c: Config, sequences: int, capacity: int, chunk: int, keep: int) -> tuple[int, int]:
     """A sliding layer's memory, and the most tokens of a pass: no more than there can be."""
-    return max(c.sliding_window, min(c.sliding_window + keep, capacity)), min(chunk, sequences * capacity)
+    return min(c.sliding_window + keep, capacity), min(chunk, sequences * capacity)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class Scripted:
     vocab_size = 280
     prefill_chunk, cache_dtype, threads, changes = 512, "f32", 1, None
     mixing = SimpleNamespace(algorithm="auto", ratio=1.0, ran={"single"}, dropped=0)
-    kernels = SimpleNamespace(name="numpy", mixing=mixing, activations="f32", weights="stored")
+    kernels = SimpleNamespace(name="numpy", mixing=mixing, activations="f32", weights="stored", exact=False)
 
     def __init__(self, *answers: str, context: int = 4096, interrupt: int | None = None, pause: float = 0) -> None:
         self.tokenizer = tokenizer()

@@ -91,15 +91,10 @@ class Model:
         most = self.config.context
         if wanted is not None and not 1 <= wanted <= most:
             raise ToyllmError(f"--context {wanted}: expected 1 to {most}, the positions this model knows")
-        free = available_memory()
-        if free is None:
+        room = self.free_for_cache()
+        if room is None:
             return wanted or most
-        weights = self.mapped_bytes
-        room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
-
-        def needs(context: int) -> int:
-            return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype)
-
+        needs = self.cache_bytes
         if needs(wanted or most) <= room:
             return wanted or most
         fits = bisect_right(range(1, most + 1), room, key=needs)
@@ -110,6 +105,18 @@ class Model:
             raise OutOfMemory(f"--context {wanted}: {figures}; try --context {fits}", wanted)
         log.info("context reduced from %d to %d: %s", most, fits, figures)
         return fits
+
+    def free_for_cache(self) -> int | None:
+        """Bytes of memory that a KV cache may take: beside the weights, where both fit. None where the system does not tell."""
+        free = available_memory()
+        if free is None:
+            return None
+        weights = self.mapped_bytes
+        return (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
+
+    def cache_bytes(self, context: int, sequences: int = 1) -> int:
+        """Bytes of a KV cache for so many sequences of so many positions."""
+        return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype, sequences)
 
     def new_cache(self, context: int | None = None, sequences: int = 1, keep: int = 0) -> Any:
         """A KV cache for `sequences` sequences of up to `context` positions (default: the model's); see `models.cache`.

@@ -1,7 +1,6 @@
 """Where NaN or an infinity begins in a run: the first activation that is not finite, found by running the beginning of it once more."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,12 +40,11 @@ def origin(model: "Model", ids: Sequence[int]) -> str | None:
         if len(rows):
             raise Found(f"{name}, at position {done + rows[0]}")
 
-    looked_at = replace(model, prefill_chunk=CHUNK)
-    cache, done = looked_at.new_cache(len(ids)), 0
+    cache, done = model.new_cache(len(ids)), 0
     try:
         for done in range(0, len(ids), CHUNK):
             part = ids[done : done + CHUNK]
-            looked_at.forward(part, np.arange(done, done + len(part)), np.zeros(len(part), np.int64), cache, taps=look)
+            model.forward(part, np.arange(done, done + len(part)), np.zeros(len(part), np.int64), cache, taps=look)
     except Found as found:
         return str(found)
     return None

@@ -253,7 +253,7 @@ def test_without_a_tokenizer_ids_are_the_text() -> None:
 def test_damaged_logits_are_an_error_while_running(raw: Tokenizer) -> None:
     model: Any = Parrot(b"abc", raw)
     forward = model.forward
-    model.forward = lambda *args, **named: forward(*args, **named) * np.float32(np.nan)
+    model.forward = lambda *args, taps=None, **named: forward(*args, **named) * np.float32(np.nan)
     with pytest.raises(ToyllmError, match="NaN or infinity"):
         list(generate(model, [1], GREEDY))
 

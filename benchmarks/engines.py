@@ -59,7 +59,7 @@ class Toyllm:
         self.about |= {"backend": self.model.kernels.name, "threading layer": threading_layer()}
 
     def start(self) -> None:
-        self.cache.truncate(0)
+        self.cache.remove(0, 0)
 
     def step(self, ids: np.ndarray) -> None:
         first = self.cache.length()
@@ -90,7 +90,7 @@ def rounding_as_llama_cpp(kernels: Any) -> Any:
         rounded = codes * scale.astype(np.float16).astype(np.float32)
         kernels.matmul_mxfp4(rounded.reshape(x.shape), *others)
 
-    return replace(kernels, matmul=matmul, matmul_mxfp4=matmul_mxfp4, fused=False)
+    return replace(kernels, matmul=matmul, matmul_mxfp4=matmul_mxfp4, single=None)
 
 
 class LlamaCpp:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import output
+from .endings import INTERRUPTS
 from .models import size_text
 from .options import DEFAULT_MODEL, RUNNING, Group, Json, Model, number, option, takes
 from .running import load, memory_told, settings_entry
@@ -83,7 +84,7 @@ def bench(
                 status("")
                 if not json:
                     output.write(line(shown, [cell(measured[-1]) for _, _, cell in shown]))
-    except KeyboardInterrupt as error:
+    except INTERRUPTS as error:
         interrupt = error
     if json:
         output.write_json("bench", facts | {"complete": interrupt is None, "tests": [entry(m) for m in measured]})

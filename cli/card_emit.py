@@ -35,7 +35,8 @@ def emit(model: str, others: dict[str, Any], emitting: dict[str, Any]) -> None:
     from ..models.checkpoint import open_checkpoint
     from ..models.config import load_config
     from ..models.location import find_model
-    from ..models.tensor_save import check_target, whole_file
+    from ..models.tensor_save import check_target
+    from ..models.whole import whole_file
 
     if to is not None:
         check_target(to, (".py",), force)

@@ -12,23 +12,25 @@ from ..kernels.errors import ToyllmError
 from . import output
 from .conversing import CHATTING, begin, check_chatting, messages_shown, note_ending
 from .generate import consume, show_stats, times
+from .lasting import LASTING, check_lasting, note_forgotten, open_session, remembered, talk_of
 from .options import RUNNING, SAMPLING, Group, Stats, number, option, takes
 from .running import load, memory_told
 
 if TYPE_CHECKING:
     from ..models.chat import Conversation
+    from ..models.session import SessionFile
 
 ANSWERS: Group = {
     **{name: kind for name, kind in SAMPLING.items() if name not in ("stop", "logprobs")},
     "max_tokens": number(int, "The most tokens of an answer, reasoning included.", "--max-tokens", shown="what the context holds"),
 }
-HELP = """/reset  forget all that was said
+HELP = """/reset  forget all that was said, in the session's file too
 /quit   end the chat, as Ctrl-D does
 Ctrl-C stops an answer; at the prompt it drops the line, and twice in a row ends the chat.
 Every other line is said to the model."""
 
 
-@takes(chatting=CHATTING, sampling=ANSWERS, running=RUNNING)
+@takes(chatting=CHATTING, lasting=LASTING, sampling=ANSWERS, running=RUNNING)
 def chat(
     context: typer.Context,
     model: Annotated[
@@ -37,6 +39,7 @@ def chat(
     stats: Stats = False,
     *,
     chatting: dict[str, Any],
+    lasting: dict[str, Any],
     sampling: dict[str, Any],
     running: dict[str, Any],
 ) -> None:
@@ -50,19 +53,31 @@ def chat(
     from ..models.generation import check_bounds
 
     said = check_chatting(context, chatting)
+    check_lasting(context, lasting)
     check_bounds(sampling)
     loaded = load(model, running)
     with memory_told(loaded):
-        conversation = begin(loaded, said, sampling, running["context_size"])
+        file = open_session(loaded, lasting, talks=True)
+        said = remembered(context, said, file)
+        conversation = begin(loaded, said, sampling, running["context_size"], lasting)
+        if file and file.session:
+            conversation.restore(file.session)
+            note_restored(conversation, file)
         if conversation.settings.temperature:
             output.say(f"seed {conversation.settings.seed}")
         if sys.stdin.isatty():
             output.say(f"{output.one_line(model)}, context {conversation.context}; /help says more, Ctrl-D ends")
-        talk(conversation, stats)
+        talk(conversation, stats, lambda: file.save(conversation.held, talk_of(conversation, said)) if file else None)
 
 
-def talk(conversation: "Conversation", stats: bool) -> None:
-    """Turn after turn, to the end of the input."""
+def note_restored(conversation: "Conversation", file: "SessionFile") -> None:
+    """Say on stderr how much of a conversation goes on."""
+    messages, read = len(conversation.messages) - len(conversation.opening), len(conversation.held.ids)
+    output.say(f"note: {output.one_line(str(file.path))}: goes on behind {messages} messages; {read} tokens need not be read again")
+
+
+def talk(conversation: "Conversation", stats: bool, save: Callable[[], None]) -> None:
+    """Turn after turn, to the end of the input; what is kept in a file is saved after each."""
     person = sys.stdin.isatty()
     read = line_reader(person)
     warned = False  # the last thing was Ctrl-C at the prompt
@@ -82,13 +97,15 @@ def talk(conversation: "Conversation", stats: bool) -> None:
             return
         if command == "/reset":
             conversation.reset()
+            conversation.settle()
+            save()
             output.say("a new conversation")
         elif command == "/help":
             output.say(HELP)
         elif command.startswith("/") and command[1:].isalpha():
             output.say(f"no command {output.one_line(command)}: there are /help, /reset and /quit")
         elif command:
-            turn(conversation, line or "", stats, person)
+            turn(conversation, line or "", stats, person, save)
 
 
 def line_reader(person: bool) -> Callable[[], str | None]:
@@ -125,17 +142,21 @@ def read_terminal() -> str | None:
         return None
 
 
-def turn(conversation: "Conversation", line: str, stats: bool, person: bool) -> None:
+def turn(conversation: "Conversation", line: str, stats: bool, person: bool, save: Callable[[], None]) -> None:
     """Say a line and show the answer. With a person at the prompt, Ctrl-C ends only the answer and an error only the turn."""
     began = time.perf_counter()
     try:
-        with closing(conversation.ask(line)) as events:
-            run = consume(events, messages_shown())
-    except KeyboardInterrupt:
-        if not person:
-            raise
-        output.say("\nstopped; what was said so far stays in the conversation")
-        return
+        try:
+            with closing(conversation.ask(line)) as events:
+                note_forgotten(conversation)
+                run = consume(events, messages_shown())
+        except KeyboardInterrupt:
+            save()
+            if not person:
+                raise
+            output.say("\nstopped; what was said so far stays in the conversation")
+            return
+        save()
     except ToyllmError as error:
         if not person:
             raise

@@ -61,7 +61,9 @@ def is_date(text: str) -> bool:
         return False
 
 
-def begin(loaded: "LoadedModel", chatting: dict[str, str | None], sampling: dict[str, Any], wanted: int | None) -> "Conversation":
+def begin(
+    loaded: "LoadedModel", chatting: dict[str, str | None], sampling: dict[str, Any], wanted: int | None, lasting: dict[str, Any]
+) -> "Conversation":
     """A conversation with checked options, in a context as wanted. An answer may fill it, unless something limits that."""
     from ..models.chat import Conversation, chat_tokenizer
     from ..models.generation import settings_for
@@ -74,7 +76,7 @@ def begin(loaded: "LoadedModel", chatting: dict[str, str | None], sampling: dict
     settings = settings_for(loaded.defaults, loaded.config, sampling)
     system = SystemContent(current_date=chatting["date"], reasoning=str(chatting["reasoning"]))
     developer = DeveloperContent(chatting["instructions"]) if chatting["instructions"] else None
-    return Conversation(loaded, settings, system, developer, room)
+    return Conversation(loaded, settings, system, developer, room, lasting["context_shift"], lasting["keep"])
 
 
 @contextmanager

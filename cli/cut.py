@@ -1,10 +1,7 @@
 """`toyllm cut`: a smaller checkpoint out of a real one, or the same one in other names, dtypes and files."""
 
 import re
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +9,7 @@ import typer
 
 from . import output
 from .check import ranges
+from .endings import INTERRUPTS
 from .models import size_text
 from .options import DEFAULT_MODEL, Json, Model, option
 
@@ -78,9 +76,9 @@ def cut(
     check_out(out, plan.nbytes, force)
     began = time.perf_counter()
     try:
-        with output.byte_bar(f"cutting {model}") as progress, ended_as_by_ctrl_c():
+        with output.byte_bar(f"cutting {model}") as progress:
             rounding = write(plan, out, force, progress)
-    except KeyboardInterrupt:
+    except INTERRUPTS:
         output.say("\ninterrupted: nothing is left of it")
         raise
     seconds = time.perf_counter() - began
@@ -128,23 +126,6 @@ def nbytes_of(context: typer.Context, text: str | None) -> int | None:
     if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
         raise typer.BadParameter(f"{text!r}: expected a size such as 2GB or 500MiB", ctx=context, param_hint="--shard-size")
     return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-@contextmanager
-def ended_as_by_ctrl_c() -> Iterator[None]:
-    """Let `kill`, `timeout` and a closing terminal end this as Ctrl-C does: what was begun is removed."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 # ---- what is told -----------------------------------------------------------------------------------------------------------

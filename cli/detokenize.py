@@ -44,9 +44,9 @@ def detokenize(
 
 def check_ids(ids: list[int], files: "ModelFiles", tokenizer: "Tokenizer") -> None:
     """Raise ToyllmError for an id that the model does not have: beyond its tokens, and beyond the rows of its embedding."""
-    from ..models.config import read_json
+    from ..models.json_files import read_object
 
-    rows = read_json(files.config).get("vocab_size") if files.config else None
+    rows = read_object(files.config).get("vocab_size") if files.config else None
     size = max(tokenizer.vocab_size, rows if isinstance(rows, int) else 0)
     beyond = next((i for i in ids if i >= size), None)
     if beyond is not None:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,20 +13,23 @@ import typer
 from . import output
 from .changing import CHANGING, changes_entry, read_changes
 from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
+from .lasting import LASTING, check_lasting, kept_in, note_forgotten, note_shift, open_session, remembered, talk_of
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
 from .running import load, memory_told, mixture_rows, settings_entry, show_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable
 
     from ..models.changes import Change
     from ..models.chat import Conversation
     from ..models.generation import Event, Result, Settings, Token
+    from ..models.held import Held
     from ..models.model import Model as LoadedModel
+    from ..models.session import SessionFile
 
 
-@takes(chatting=CHATTING, sampling=SAMPLING, changing=CHANGING, running=RUNNING)
+@takes(chatting=CHATTING, lasting=LASTING, sampling=SAMPLING, changing=CHANGING, running=RUNNING)
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -40,6 +43,7 @@ def generate(
     json: Json = False,
     *,
     chatting: dict[str, Any],
+    lasting: dict[str, Any],
     sampling: dict[str, Any],
     changing: dict[str, Any],
     running: dict[str, Any],
@@ -51,6 +55,8 @@ def generate(
 
     Activations can be changed as they are computed: patched, then scaled, then added to, then ablated. Positions count from 0 over prompt
     and continuation; negative ones count back from the prompt's end.
+
+    What a prompt begins with is not read again where the file of --session has it; an empty prompt goes on where that ends.
     """
     began = time.perf_counter()
     check_chat(context, chat)
@@ -63,21 +69,26 @@ def generate(
     given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if json and logprobs is None else logprobs}
     check_bounds(given)
     changes = read_changes(context, changing)
+    check_lasting(context, lasting, bool(changes))
     loaded = load(model, running, changes)
     wanted = running["context_size"]
     with memory_told(loaded):
+        file = open_session(loaded, lasting, chat)
         if said:
-            plan = answer(cast("str", text_or_ids), begin(loaded.changed(changes) if changes else loaded, said, given, wanted))
+            said = remembered(context, said, file)
+            conversation = begin(loaded.changed(changes) if changes else loaded, said, given, wanted, lasting)
+            plan = answer(cast("str", text_or_ids), conversation, file)
         else:
-            plan = continuation(loaded, text_or_ids, not no_special, given, wanted, changes)
+            plan = continuation(loaded, text_or_ids, not no_special, given, wanted, changes, lasting, file)
         loaded_at = time.perf_counter()
         if not json and plan.settings.temperature:
             output.say(f"seed {plan.settings.seed}")
         shown = nullcontext(ignore) if json else messages_shown() if chat else text_shown(opening(loaded, plan.prompt))
-        run = consume(plan.events, shown)
+        with kept_in(file, plan.held, lambda: talk_of(plan.conversation, said)), closing(plan.events):
+            run = consume(plan.events, shown, whole=json or logprobs is not None)
     timings = times(run, began, loaded_at)
     if json:
-        output.write_json("generate", document(loaded, plan, run, timings, said or {}))
+        output.write_json("generate", document(loaded, plan, run, timings, said or {}, lasting["session"]))
     elif logprobs is not None:
         show_logprobs(loaded, run.tokens)
     if plan.conversation and not json:
@@ -106,33 +117,52 @@ class Plan:
     prompt: list[int]
     settings: "Settings"
     room: int
-    events: "Iterator[Event]"
+    events: "Generator[Event]"
+    held: "Held | None" = None  # with --session or --chat
+    keep: int | None = None  # with --context-shift
     conversation: "Conversation | None" = None  # with --chat
 
 
-def answer(question: str, conversation: "Conversation") -> Plan:
-    """The plan to answer a conversation's first question."""
+def answer(question: str, conversation: "Conversation", file: "SessionFile | None") -> Plan:
+    """The plan to answer a conversation's next question, which is its first where there is no session."""
+    if file and file.session:
+        conversation.restore(file.session)
     events = conversation.ask(question)
-    return Plan(conversation.model, conversation.prompt, conversation.settings, conversation.context, events, conversation)
+    note_forgotten(conversation)
+    settings, room, keep = conversation.settings, conversation.context, conversation.keep
+    return Plan(conversation.model, conversation.prompt, settings, room, events, conversation.held, keep, conversation)
 
 
 def continuation(
-    loaded: "LoadedModel", prompt: str | list[int], special: bool, given: dict[str, Any], wanted: int | None, changes: "list[Change]"
+    loaded: "LoadedModel",
+    prompt: str | list[int],
+    special: bool,
+    given: dict[str, Any],
+    wanted: int | None,
+    changes: "list[Change]",
+    lasting: dict[str, Any],
+    file: "SessionFile | None",
 ) -> Plan:
-    """The plan to continue a prompt in a context as wanted."""
+    """The plan to continue a prompt in a context as wanted; a session's text, where there is one and the prompt is empty."""
     from ..models.generation import encode_prompt, generate, settings_for
+    from ..models.held import Held
 
     settings = settings_for(loaded.defaults, loaded.config, given)
-    ids = encode_prompt(loaded, prompt, special)
+    ids = file.session.ids if file and file.session and not prompt else []
+    ids = ids or encode_prompt(loaded, prompt, special)
     room = loaded.context_for(wanted)
+    keep = (int(ids[0] in loaded.config.bos_token_id) if lasting["keep"] is None else lasting["keep"]) if lasting["context_shift"] else None
     if changes:
         loaded = loaded.changed(changes, len(ids), max(len(ids), min(len(ids) + settings.max_tokens, room)))
-    return Plan(loaded, ids, settings, room, generate(loaded, ids, settings, room))
+    held = Held(loaded, room) if file else None
+    if held and file and file.session:
+        held.restore(file.session.ids, file.session.states)
+    return Plan(loaded, ids, settings, room, generate(loaded, ids, settings, room, held, keep), held, keep)
 
 
 @dataclass
 class Run:
-    """What a generation brought."""
+    """What a generation brought; tokens and text only where they were wanted whole."""
 
     tokens: "list[Token]"
     text: str
@@ -143,15 +173,18 @@ class Run:
 Shown = AbstractContextManager[Callable[["Event"], None]]  # shows each event, and at the end whatever way closes what it opened
 
 
-def consume(events: "Iterable[Event]", shown: Shown) -> Run:
-    """Follow a generation to its end, showing what it brings."""
+def consume(events: "Iterable[Event]", shown: Shown, whole: bool = False) -> Run:
+    """Follow a generation to its end, showing what it brings; it may have none that memory could hold, so little is kept unless `whole`."""
     tokens, text, first_at, result = [], [], None, None
     with shown as show:
         for event in events:
             if event.token:
-                tokens.append(event.token)
                 first_at = first_at or time.perf_counter()
-            text.append(event.text)
+            if event.shift:
+                note_shift(event.shift)
+            if whole:
+                tokens += [event.token] if event.token else []
+                text.append(event.text)
             result = event.result
             show(event)
     if result is None:
@@ -190,17 +223,23 @@ def ignore(event: "Event") -> None:
     """Show nothing of it."""
 
 
-def document(loaded: "LoadedModel", plan: Plan, run: Run, timings: dict[str, float | None], said: dict[str, Any]) -> dict[str, Any]:
-    """What --json prints; `said` are the settings of a chat."""
+def document(
+    loaded: "LoadedModel", plan: Plan, run: Run, timings: dict[str, float | None], said: dict[str, Any], session: str | None
+) -> dict[str, Any]:
+    """What --json prints; `said` are the settings of a chat, `session` is the file of one."""
+    counts = ("context_shifts", "dropped_tokens") if plan.keep is not None else ()
+    counts = ("reused_tokens", *counts) if session else counts
+    counted = {name: getattr(run.result, name) for name in counts}
+    lasting = ({} if plan.keep is None else {"context_shift": True, "keep": plan.keep}) | ({"session": session} if session else {})
     messages = {"messages": [message_entry(message) for message in plan.conversation.written]} if plan.conversation else {}
     return {
         "prompt_tokens": plan.prompt,
         "tokens": [token_entry(loaded, token) for token in run.tokens],
         "text": run.text if loaded.tokenizer else None,
         "finish_reason": run.result.finish_reason,
-        "usage": {"prompt_tokens": len(plan.prompt), "completion_tokens": run.result.completion_tokens},
+        "usage": {"prompt_tokens": len(plan.prompt), "completion_tokens": run.result.completion_tokens} | counted,
         "timings": timings,
-        "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | changes_entry(plan.model) | said,
+        "settings": asdict(plan.settings) | settings_entry(loaded, plan.room) | lasting | changes_entry(plan.model) | said,
         **messages,
     }
 
@@ -255,5 +294,7 @@ def show_stats(loaded: "LoadedModel", result: "Result", timings: dict[str, float
         ("time to first token", f"{first:.3f} s" if first else "-"),
     ]
     reused = [] if result.reused_tokens is None else [("prompt reused", f"{result.reused_tokens} tokens")]
-    for name, value in rows + reused + mixture_rows(loaded):
+    gone = f"{result.context_shifts} ({result.dropped_tokens} tokens dropped)"
+    shifts = [] if result.context_shifts is None else [("context shifts", gone)]
+    for name, value in rows + reused + shifts + mixture_rows(loaded):
         output.say(f"{name + ':':<22}{value}")

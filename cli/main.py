@@ -17,6 +17,7 @@ from .compare import compare
 from .cut import cut
 from .detokenize import detokenize
 from .dump_tensor import dump_tensor
+from .endings import INTERRUPTED, ended_by_signals, interrupted
 from .generate import generate
 from .models import models
 from .params import params
@@ -25,7 +26,7 @@ from .score import score
 from .tokenize import tokenize
 from .trace import trace
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE = 0, 1, 2
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this Typer keeps its click
 
 app = typer.Typer(
@@ -65,14 +66,16 @@ for command in (generate, chat, tokenize, detokenize, models, params, dump_tenso
 
 def main() -> None:
     """Run one command; every failure is one line on stderr and an exit code."""
-    sys.exit(run(sys.argv[1:]) if output.open_streams() else FAILED)
+    code = run(sys.argv[1:]) if output.open_streams() else FAILED
+    os._exit(code)  # all is written: Python would take a third of a second more to put away what the compiler holds
 
 
 def run(arguments: list[str]) -> int:
     """Run the command in `arguments` and return its exit code."""
     try:
-        result = get_command(app)(arguments, prog_name="toyllm", standalone_mode=False)
-        sys.stdout.flush()
+        with ended_by_signals():
+            result = get_command(app)(arguments, prog_name="toyllm", standalone_mode=False)
+            sys.stdout.flush()
         return result if isinstance(result, int) else DONE
     except UsageError as error:
         context = getattr(error, "ctx", None)
@@ -85,18 +88,32 @@ def run(arguments: list[str]) -> int:
         output.say("")
         return INTERRUPTED
     except SystemExit as ending:
+        if interrupted(ending):
+            give_up_stdout()
+            return INTERRUPTED
         if not isinstance(ending.__context__, BrokenPipeError):
             raise
         give_up_stdout()  # Typer ends like this when the reader has had enough (`| head`): nothing is left to say
         return DONE
-    except (ToyllmError, OSError) as error:
+    except (ToyllmError, OSError, MemoryError) as error:
         give_up_stdout()
+        if interrupted(error):
+            return INTERRUPTED
         if os.environ.get("TOYLLM_DEBUG"):
             raise
-        fail(str(error), FAILED)
+        fail(described(error), FAILED)
         if excerpt := getattr(error, "excerpt", ""):  # the place in a file that a CardError points at
             output.say(output.printable(excerpt))
         return FAILED
+
+
+def described(error: Exception) -> str:
+    """What went wrong, in words that say where."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({str(error) or 'the system gives no more'}): close other programs, or take less at a time"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "the current folder is gone: change to one that is there"
+    return str(error)
 
 
 def origin(error: Any) -> str:
@@ -109,11 +126,11 @@ def origin(error: Any) -> str:
 
 
 def give_up_stdout() -> None:
-    """Drop what stdout does not take any more: Python's own flush at exit would fail on it once again."""
+    """Drop what stdout does not take any more."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up(sys.stdout)
 
 
 def fail(message: str, code: int) -> int:

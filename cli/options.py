@@ -75,7 +75,10 @@ RUNNING: Group = {
     ),
     "threads": number(int, "Threads of the kernels.", "--threads", shown="the physical cores"),
     "backend": (Annotated[str, option("Which kernels: auto, avx512, avx2, portable, or numpy (the references).", "--backend")], "auto"),
-    "exact": (Annotated[bool, option("Arithmetic in f32 throughout, as is the default: refuses what is coarser.", "--exact")], False),
+    "exact": (
+        Annotated[bool, option("Arithmetic in f32 throughout; else activations have 16 bits before MXFP4 weights.", "--exact")],
+        False,
+    ),
     "activations": (
         Annotated[str, option("What prompts are multiplied in: f32, or bf16 (8 bits, often twice as fast).", "--activations")],
         "f32",

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
+from ..kernels.errors import ToyllmError
+
 
 def open_streams() -> bool:
     """Make the standard streams UTF-8, whatever the locale; True unless there is no stdout to write to, which is said.
@@ -30,34 +32,66 @@ def open_streams() -> bool:
 
 
 def write(text: str) -> None:
-    """Data, as it is, to stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Data, as it is, to stdout, at once. Raises ToyllmError where stdout does not take it, BrokenPipeError where nobody reads any more."""
+    with stdout_named():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def write_bytes(data: bytes) -> None:
-    """Data that is no text, or perhaps none, to stdout."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    """Data that is no text, or perhaps none, to stdout; raises as `write` does."""
+    with stdout_named():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@contextmanager
+def stdout_named() -> Iterator[None]:
+    """Say of a failure to write that it was stdout's."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ToyllmError(f"stdout: cannot be written ({error.strerror or error}); what came before is incomplete") from error
 
 
 def write_json(command: str, document: dict[str, Any]) -> None:
-    """One JSON document with its schema first. A bare NaN or infinity is refused: JSON has none."""
+    """One JSON document with its schema first, to stdout."""
+    write(json_line(command, document))
+
+
+def json_line(command: str, document: dict[str, Any]) -> str:
+    """A JSON document with its schema first, as a line. A bare NaN or infinity is refused: JSON has none."""
     text = json.dumps({"schema": f"toyllm.{command}/1", **document}, ensure_ascii=False, allow_nan=False)
-    write("".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text) + "\n")
+    return "".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text) + "\n"
 
 
 def say(text: str) -> None:
     """A line for the person, to stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    write_aside(text + "\n")
 
 
 def say_dimmed(text: str) -> None:
     """Text for the person to read the data after, to stderr, without a line break; dimmed where colours belong."""
-    sys.stderr.write(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text)
-    sys.stderr.flush()
+    write_aside(f"\x1b[2m{text}\x1b[0m" if colours(sys.stderr) else text)
+
+
+def write_aside(text: str) -> None:
+    """Write to stderr. Where it takes no more (full, its reader gone, its terminal closed) the rest leads nowhere: data comes first."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """Let a standard stream lead nowhere from now on: Python's own flush at exit would fail on it once again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def byte_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -71,10 +105,10 @@ def token_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 
 @contextmanager
-def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], None]]:
-    """A bar of counts of a unit; of bytes where it is None."""
+def count_bar(label: str, unit: str | None) -> Iterator[Callable[..., None]]:
+    """A bar of counts of a unit; of bytes where it is None. progress(done, total, note) shows a note behind them."""
     if not colours(sys.stderr):
-        yield lambda done, total: None  # noqa: ARG005
+        yield lambda done, total, note="": None  # noqa: ARG005
         return
     from rich.console import Console
     from rich.progress import (
@@ -88,15 +122,16 @@ def count_bar(label: str, unit: str | None) -> Iterator[Callable[[int, int], Non
     )
 
     amount = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amount, TimeRemainingColumn())
+    described, noted = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False)
+    columns = (described, BarColumn(), *amount, TimeRemainingColumn(), noted)
     bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, note: str = "") -> None:
         nonlocal task
         if task is None:
             bar.start()
-            task = bar.add_task(one_line(label), total=total)
-        bar.update(task, completed=done)
+            task = bar.add_task(one_line(label), total=total, note="")
+        bar.update(task, completed=done, note=note)
 
     try:
         yield progress
@@ -114,8 +149,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if shown:
-            sys.stderr.write("\r\x1b[2K" + one_line(text)[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
+            write_aside("\r\x1b[2K" + one_line(text)[: shutil.get_terminal_size().columns - 1])
 
     try:
         yield show
@@ -125,6 +159,8 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
 def printable(text: str) -> str:
     r"""Text from a file or a model, safe for a terminal: control and format characters become escapes such as \x1b."""
+    if text.isprintable():  # nearly always, and then a hundred times as fast: none of those categories is
+        return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else escape(c) for c in text)
 
 
@@ -163,6 +199,8 @@ def table_lines(header: Iterable[str], rows: Iterable[Iterable[str]], right: Ite
 
 def display_width(text: str) -> int:
     """Columns on a terminal: wide East Asian characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 

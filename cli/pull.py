@@ -8,6 +8,7 @@ import typer
 
 from ..kernels.errors import ToyllmError
 from . import output
+from .endings import INTERRUPTS
 from .models import size_text
 from .options import option
 
@@ -44,7 +45,7 @@ def pull(
         return
     try:
         folder = hub.download(listing)
-    except KeyboardInterrupt:
+    except INTERRUPTS:
         output.say("\ninterrupted: finished files are kept, and the same command goes on from there")
         raise
     output.write(f"{folder}\n")

@@ -56,6 +56,7 @@ def settings_entry(loaded: "Model", room: int) -> dict[str, Any]:
         "threads": loaded.threads,
         "backend": loaded.kernels.name,
         "activations": loaded.kernels.activations,
+        "exact": loaded.kernels.exact,
         "weights": loaded.kernels.weights,
         "moe": loaded.kernels.mixing.algorithm,
         "tokens_per_expert_ratio": loaded.kernels.mixing.ratio,
@@ -83,11 +84,11 @@ def memory_lines(pieces: "Iterable[Allocation]") -> list[str]:
     return output.table_lines(("memory", *kinds, "status"), rows, right=range(1, len(kinds) + 1))
 
 
-def show_memory(loaded: "Model", room: int) -> None:
-    """What a run of so many positions allocated, to stderr."""
+def show_memory(loaded: "Model", room: int, sequences: int = 1) -> None:
+    """What a run of so many positions a sequence allocated, to stderr."""
     from ..models.memory import ALLOCATED, KINDS, mark, of_model
 
-    pieces = of_model(loaded, room)
+    pieces = of_model(loaded, room, sequences)
     for kind in KINDS:
         pieces = mark(pieces, kind, ALLOCATED)
     output.say("\n".join(memory_lines(pieces)))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ..models.mxfp4_blocks import GATE_UP, stored_blocks
 from ..models.tensor_json import describe, describe_statistics, describe_values, json_numbers
 from ..models.tensor_save import save as write_tensors
-from ..models.tensor_save import whole_file
 from ..models.tensor_stats import Statistics, statistics
 from ..models.tensor_text import Layout, format_values, hexadecimal, texts
 from ..models.tensor_values import MXFP4, Values
+from ..models.whole import whole_file
 from . import output
 from .plot import terminal_plot, write_image
 

@@ -19,7 +19,7 @@ import numpy as np
 from .. import __version__
 from ..kernels.errors import ToyllmError
 from ..models.params import sizes
-from ..models.tensor_save import whole_file
+from ..models.whole import whole_file
 from . import output
 
 if TYPE_CHECKING:

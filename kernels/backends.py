@@ -8,11 +8,12 @@ built and ids and positions at each step.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import activation, attention, matmul, moe, mxfp4, norm, pairs, q8, rotary, routing
+from . import activation, attention, matmul, moe, moe_split, mxfp4, norm, pairs, q8, rotary, routing, split
 from .errors import ToyllmError
 from .host import choose_backend
 
@@ -35,14 +36,15 @@ class Backend:
     matmul_mxfp4: Callable[..., None]
     matmul_q8: Callable[..., None]
     quantize: Callable[[np.ndarray], q8.Q8]
-    fused: bool  # whether a single token's experts are computed in one go
+    single: Callable[..., None] | None  # a single token's experts in one go, where there is a kernel for it
     mixing: moe.Mixing = field(default_factory=moe.Mixing)
     activations: str = "f32"  # of products of many rows: one of ACTIVATIONS
+    exact: bool = False  # whether f32 throughout was asked for
     weights: str = "stored"  # how dense weights are held: one of WEIGHTS; `matmul` takes both forms where it is "q8"
 
     def mixture(self, *arguments: Any) -> None:
         """`moe.mix` with this backend's products."""
-        moe.mix(self.mixing, self.matmul, self.matmul_mxfp4, self.fused, *arguments)
+        moe.mix(self.mixing, self.matmul, self.matmul_mxfp4, self.single, *arguments)
 
 
 def _reference_matmul(x, w, bias, out, panels) -> None:  # noqa: ARG001
@@ -77,7 +79,7 @@ TILES: dict[str, Any] = {
     "matmul_mxfp4": mxfp4.matmul_mxfp4_kernel,
     "matmul_q8": q8.matmul_q8_kernel,
     "quantize": q8.quantize_kernel,
-    "fused": True,
+    "single": moe.single,
 }
 PORTABLE = TILES | {
     "matmul": matmul.matmul_portable,
@@ -85,7 +87,7 @@ PORTABLE = TILES | {
     "matmul_mxfp4": mxfp4.matmul_mxfp4_portable,
     "matmul_q8": q8.matmul_q8_portable,
     "quantize": q8.quantize_portable,
-    "fused": False,
+    "single": None,
 }
 NUMPY = {
     "matmul": _reference_matmul,
@@ -99,7 +101,7 @@ NUMPY = {
     "matmul_mxfp4": _reference_mxfp4,
     "matmul_q8": _reference_q8,
     "quantize": q8.quantize_reference,
-    "fused": False,
+    "single": None,
 }
 TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
 
@@ -107,7 +109,8 @@ TABLE = {"avx512": TILES, "avx2": TILES, "portable": PORTABLE, "numpy": NUMPY}
 ACTIVATIONS = ("f32", "bf16")
 ATTENTION = ("fused", "plain")
 WEIGHTS = ("stored", "q8")
-BF16 = {"matmul": pairs.matmul_bf16_kernel, "matmul_mxfp4": pairs.matmul_mxfp4_bf16_kernel}
+SPLIT = {"matmul_mxfp4": split.matmul_mxfp4_split_kernel, "single": moe_split.single_split}
+BF16 = {"matmul": pairs.matmul_bf16_kernel}
 
 
 def with_q8(matmul: Callable[..., None], matmul_q8: Callable[..., None]) -> Callable[..., None]:
@@ -120,10 +123,16 @@ def with_q8(matmul: Callable[..., None], matmul_q8: Callable[..., None]) -> Call
 
 
 def backend(
-    name: str = "auto", mixing: moe.Mixing | None = None, activations: str = "f32", step: str = "fused", weights: str = "stored"
+    name: str = "auto",
+    mixing: moe.Mixing | None = None,
+    activations: str = "f32",
+    step: str = "fused",
+    weights: str = "stored",
+    exact: bool = False,
 ) -> Backend:
     """The backend of that name, or the best for this processor.
 
+    Activations that meet MXFP4 weights are held in 16 bits where the processor gains by it, unless `exact` says f32 throughout.
     `activations` "bf16" lets products of many rows round them, where the processor gains by it; `step` "plain" computes attention
     unfused; `weights` "q8" lets weights be in 8 bits, which are multiplied in f32 whatever `activations` says. Raises ToyllmError for
     what it does not know or cannot run.
@@ -136,8 +145,10 @@ def backend(
     if weights not in WEIGHTS:
         raise ToyllmError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
     functions = TABLE[chosen]
+    if chosen == "avx512" and split.AVAILABLE and not exact:
+        functions = functions | SPLIT
     if activations == "bf16" and chosen == "avx512" and pairs.AVAILABLE:
-        functions = functions | BF16
+        functions = functions | BF16 | {"matmul_mxfp4": partial(pairs.matmul_mxfp4_bf16_kernel, few=functions["matmul_mxfp4"])}
     elif activations == "bf16":
         log.info("--activations bf16: the %s kernels multiply in f32, which is as fast here; they go on so", chosen)
         activations = "f32"
@@ -145,4 +156,4 @@ def backend(
         functions = functions | {"attention": attention.attention_plain}
     if weights == "q8":
         functions = functions | {"matmul": with_q8(functions["matmul"], functions["matmul_q8"])}
-    return Backend(chosen, **functions, mixing=mixing or moe.Mixing(), activations=activations, weights=weights)
+    return Backend(chosen, **functions, mixing=mixing or moe.Mixing(), activations=activations, exact=exact, weights=weights)

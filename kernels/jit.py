@@ -3,21 +3,28 @@
 Compiled kernels are cached per user, in a folder keyed by version and kernel source. Numba's cache is made of pickles, so
 whoever can write there can run code here: the folder must be the user's own and private (0700), no link, and every
 entry must carry its checksum. Where that does not hold, kernels are compiled anew, with one note.
+
+A new version makes a folder of its own, and removes those of others that have not been used for long. A folder in use is locked.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
 import pickle
+import re
+import shutil
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .threads import choose_threading_layer
@@ -25,6 +32,8 @@ from .threads import choose_threading_layer
 log = logging.getLogger("toyllm")
 config: Any = numba.config  # made at run time, so that no type checker knows what it holds
 choose_threading_layer()
+
+OTHERS, OTHERS_DAYS = 8, 30  # of other versions' folders so many are kept, used within so many days
 
 
 def inline(function: Callable) -> Any:
@@ -52,13 +61,17 @@ def kernel(function: Callable | None = None, *, parallel: bool = False) -> Any:
 @cache
 def cache_folder() -> Path | None:
     """The private folder of this version's compiled kernels, made if need be; None, with one note, where there can be none."""
-    base = os.environ.get("NUMBA_CACHE_DIR")
+    given = os.environ.get("NUMBA_CACHE_DIR")
     try:
-        folder = (Path(base) if base else default_base()) / f"kernels-{source_key()}"
-        make_private(folder)
+        base = Path(given) if given else default_base()
+        folder = base / f"kernels-{source_key()}"
+        new = not folder.exists()
+        take(folder)
     except (OSError, RuntimeError) as error:
         log.info("compiled kernels are not kept: %s. They compile anew on each run; set NUMBA_CACHE_DIR to a private folder", error)
         return None
+    if new:
+        prune(base)
     return folder
 
 
@@ -91,6 +104,62 @@ def make_private(folder: Path) -> None:
         raise OSError(f"{folder} is open to others (mode {state.st_mode & 0o777:o}, expected 700)")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"{folder} is not writable")
+
+
+def take(folder: Path) -> None:
+    """Make `folder` private, lock it as in use until this process ends, and note the time. Raises OSError as `make_private` does."""
+    while True:
+        make_private(folder)
+        with suppress(OSError):  # where there are no locks, `prune` removes nothing either
+            held = lock(folder, fcntl.LOCK_SH)
+            if not folder.exists() or not os.path.samestat(os.fstat(held), folder.stat()):  # pruned before it was locked
+                os.close(held)
+                continue
+            os.utime(held)
+        return
+
+
+def lock(folder: Path, kind: int) -> int:
+    """Lock a folder, no link; the descriptor that holds the lock. Raises OSError."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, kind)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
+def prune(base: Path) -> None:
+    """Remove the folders of other versions that nobody uses any more: all but the `OTHERS` used last, and those after `OTHERS_DAYS`.
+
+    Only what is certain to be one: by its name, this user's own, private, no link, and with nothing but compiled kernels in it.
+    """
+    with suppress(OSError):  # it is a kindness, no part of the run
+        found = [path for path in base.iterdir() if re.fullmatch(r"kernels-[0-9a-f]{16}", path.name) and path.name[8:] != source_key()]
+        used = {path: state.st_mtime for path in found if stat.S_ISDIR((state := path.lstat()).st_mode)}
+        for rank, path in enumerate(sorted(used, key=lambda path: used[path], reverse=True)):
+            if rank >= OTHERS or time.time() - used[path] > OTHERS_DAYS * 86400:
+                remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of compiled kernels, unless it is in use or anything else."""
+    with suppress(OSError):
+        held = lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            state = os.fstat(held)
+            private = state.st_uid == os.getuid() and not state.st_mode & 0o077
+            if private and all(map(is_kept, folder.rglob("*"))):
+                shutil.rmtree(folder)
+        finally:
+            os.close(held)
+
+
+def is_kept(path: Path) -> bool:
+    """Whether this is what a folder of compiled kernels holds: subfolders, entries, and entries that were never finished."""
+    mode = path.lstat().st_mode
+    return stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and bool(re.fullmatch(r"\.(nbc|nbi|[0-9]+)", path.suffix)))
 
 
 spent: list[float] = []
@@ -156,7 +225,9 @@ class KernelCache(FunctionCache):
         found = None
         self.began = time.perf_counter()
         try:
-            found = super().load_overload(sig, target_context)
+            with self._guard_against_spurious_io_errors():
+                rtsys.initialize(target_context)  # all that running takes; Numba fills its tables for compiling here, a fifth of a start
+                found = self._load_overload(sig, target_context)
         except Exception as error:  # noqa: BLE001 - unpickling damaged bytes raises anything
             say_once(f"a compiled kernel could not be read ({type(error).__name__}); it is compiled anew")
         if found is None:

@@ -62,7 +62,8 @@ Watch = Callable[[int, np.ndarray, str, np.ndarray], None]  # (an expert, its to
 
 
 @inline
-def _swiglu(gate, up, limit, alpha):
+def swiglu(gate, up, limit, alpha):
+    """One clamped SwiGLU, f32, for kernels to call; NaN stays NaN."""
     gate = limit if gate > limit else gate  # noqa: FURB136 - min and max may lose a NaN
     up = limit if up > limit else up  # noqa: FURB136
     up = -limit if up < -limit else up  # noqa: FURB136
@@ -78,7 +79,7 @@ def swiglu_reference(h: np.ndarray, limit: float, alpha: float) -> np.ndarray:
 @kernel
 def _swiglu_row(h, limit, alpha, out):
     for i in range(out.shape[0]):
-        out[i] = _swiglu(h[2 * i], h[2 * i + 1], limit, alpha)
+        out[i] = swiglu(h[2 * i], h[2 * i + 1], limit, alpha)
 
 
 @kernel(parallel=True)
@@ -189,7 +190,7 @@ def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
             h[i, j] += bias[experts[i], j]
             h[i, j + 1] += bias[experts[i], j + 1]
             f = j // 2
-            z[i, f // BLOCK * BLOCK + (f % 2) * (BLOCK // 2) + f % BLOCK // 2] = _swiglu(h[i, j], h[i, j + 1], limit, alpha)
+            z[i, f // BLOCK * BLOCK + (f % 2) * (BLOCK // 2) + f % BLOCK // 2] = swiglu(h[i, j], h[i, j + 1], limit, alpha)
 
 
 @kernel(parallel=True)
@@ -261,11 +262,11 @@ def check_mixing(algorithm: str, ratio: float) -> Mixing:
     return Mixing(algorithm, ratio)
 
 
-def mix(mixing, matmul, matmul_mxfp4, fused, x, logits, experts, weights, w, out, scratch, watch=None) -> None:
+def mix(mixing, matmul, matmul_mxfp4, single, x, logits, experts, weights, w, out, scratch, watch=None) -> None:
     """out f32 [T, D] = the weighted sum of each token's experts, int64 [T, k] and f32 [T, k] by descending router logit, f32 [T, E].
 
-    `matmul` and `matmul_mxfp4` are a backend's; `fused` says whether it has `single`. `scratch` is h, z, halves and panels, as of
-    `single`; `watch` as of `assigned`.
+    `matmul`, `matmul_mxfp4` and `single`, which may be None, are a backend's. `scratch` is h, z, halves and panels, as of `single`;
+    `watch` as of `assigned`.
     """
     E, k = logits.shape[1], experts.shape[1]
     panels = scratch[-1]
@@ -279,7 +280,7 @@ def mix(mixing, matmul, matmul_mxfp4, fused, x, logits, experts, weights, w, out
     algorithm = mixing.choose(len(x), k, E)
     if algorithm == "single":
         for t in range(len(x)):
-            if fused and watch is None and isinstance(w.gate_up, Mxfp4):
+            if single and watch is None and isinstance(w.gate_up, Mxfp4):
                 single(x[t : t + 1], experts[t], weights[t], w, scratch, out[t : t + 1])
             else:
                 shift = None if watch is None else (lambda e, tokens, part, array, t=t: watch(e, tokens + t, part, array))

@@ -104,10 +104,10 @@ def matmul_bf16_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.n
         by_output(round_rows(x, len(w)), w.T, bias, out)
 
 
-def matmul_mxfp4_bf16_kernel(x, blocks, scales, bias, out, panels) -> None:
-    """As `matmul_mxfp4_kernel`, many rows of x rounded to bf16. Unchecked."""
+def matmul_mxfp4_bf16_kernel(x, blocks, scales, bias, out, panels, few=matmul_mxfp4_kernel) -> None:
+    """As `matmul_mxfp4_kernel`, many rows of x rounded to bf16; `few` multiplies those that are not many. Unchecked."""
     if len(x) < WORTHWHILE:
-        matmul_mxfp4_kernel(x, blocks, scales, bias, out, panels)
+        few(x, blocks, scales, bias, out, panels)
     else:
         _mxfp4(round_rows(split_halves(x, np.empty_like(x)), x.shape[1]), blocks, scales, SCALES, bias, out, panels)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..kernels.errors import ToyllmError
 from .checkpoint import no_weights, read_index
-from .config import FAMILIES, read_json
+from .config import FAMILIES
+from .json_files import read_object
 from .location import ModelFiles, cached, embedded, list_files
 
 
@@ -37,7 +38,7 @@ def describe(name: str, kind: str, folder: Path) -> Available:
     try:
         model_type = model_type_of(files)
         if model_type not in FAMILIES:
-            problem = f"model_type {json.dumps(model_type)} is not supported"
+            problem = f"model_type {json.dumps(model_type)[:80]} is not supported"
         elif files.weights is None:
             require_shards(files)
     except ToyllmError as error:
@@ -49,7 +50,7 @@ def model_type_of(files: ModelFiles) -> str | None:
     """The architecture that config.json names; None where it names none. Raises ToyllmError where it cannot be read."""
     if files.config is None:
         raise ToyllmError("no config.json")
-    value = read_json(files.config).get("model_type")
+    value = read_object(files.config).get("model_type")
     return value if isinstance(value, str) else None
 
 

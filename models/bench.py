@@ -202,7 +202,7 @@ def set_up(model: "Model", tests: Sequence[Test], room: int) -> Bench:
     """
     for test in tests:
         set_threads(test.threads)
-    cache = model.new_cache(room)
+    cache = model.new_cache(room, keep=max((test.tokens for test in tests if test.depth), default=0))
     stream = make_stream(model, cache.nbytes) if any(test.kind == DECODE for test in tests) else None
     ids = np.random.default_rng(SEED).integers(0, model.vocab_size, room).tolist()
     sampler = Sampler(Settings(temperature=0), (), model.vocab_size)
@@ -284,8 +284,8 @@ def timed(step: Callable[[], object], now: Clock) -> float:
 
 def fill(bench: Bench, depth: int, tell: Tell) -> None:
     """Bring the cache to the first `depth` positions: what it has of them stays, if it can step back, and a prefill adds the rest."""
-    if not bench.cache.truncate(min(bench.cache.length(), depth)):
-        bench.cache.truncate(0)
+    kept = min(bench.cache.length(), depth)
+    bench.cache.remove(0, kept if bench.cache.can_resume(0, kept) else 0)
     for first in range(bench.cache.length(), depth, bench.model.prefill_chunk):
         tell(FILLING, first, depth)
         prefill(bench, first, min(first + bench.model.prefill_chunk, depth))

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..kernels.errors import ToyllmError
 from .check_values import CHUNK, ERROR, WARNING, Finding, values
-from .checkpoint import MAX_JSON, Tensor, brief, map_file, no_weights, parse_object, require_file, shard_path
+from .checkpoint import Tensor, map_file, no_weights, shard_path
 from .config import load_config
+from .json_files import brief, read_object
 from .location import ModelFiles
 from .params import sizes, specs_for
 from .weights import Spec
@@ -98,10 +99,7 @@ def read_shard(path: Path) -> tuple[list[Tensor], list[Finding]]:
 
 def read_weight_map(index: Path) -> tuple[dict[str, str], Any]:
     """An index's names of tensors with those of their files, and the total size it gives, if any. Raises ToyllmError."""
-    require_file(index)
-    if index.stat().st_size > MAX_JSON:
-        raise ToyllmError(f"{index}: larger than {MAX_JSON:,} bytes; no index of shards is")
-    document = parse_object(index.read_bytes(), index)
+    document = read_object(index)
     weight_map, metadata = document.get("weight_map"), document.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ToyllmError(f'{index}: expected "weight_map" with tensor names and their files; download it again')

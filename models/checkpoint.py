@@ -4,16 +4,12 @@ Two readers must agree on every file: the one here, which says where a header an
 and the safetensors library's, so that nothing is accepted that the library refuses.
 """
 
-import json
 import math
 import mmap
 import os
-import stat
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..kernels.dtypes import BF16, F16, F32
 from ..kernels.errors import ToyllmError
+from .json_files import MAX_JSON, brief, parse_object, read_object, require_file, unreadable
 from .location import ModelFiles
 
 # By safetensors' names. The others (F8_E4M3, F4, C64, …) are listed, but no array is made of them.
@@ -49,13 +46,9 @@ FOREIGN = (
 )
 NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
-# Bytes of a header or an index: room for some 140,000 tensors, and a bound on what a hostile one costs to parse.
-MAX_JSON = 16 * 2**20
 MAX_RANK, MAX_ELEMENTS = 64, 2**59  # what a NumPy array can have, were each element 16 bytes
-
-_repr = Repr()
-_repr.maxstring = 120
-brief = _repr.repr  # text from a file, quoted, escaped and cut: it may be anything, of any length
+MAX_EMPTY = 2**20  # places in the axes of a tensor without elements: no bytes of the file bound what walking along them costs
+LONGEST = 1000  # characters of a name, a tensor's or a shard's with its folders: messages, lists and tables show names whole
 
 
 @dataclass(frozen=True)
@@ -147,15 +140,7 @@ def no_weights(folder: Path) -> ToyllmError:
 
 def read_index(index: Path) -> dict[str, Path]:
     """Read a model.safetensors.index.json: tensor name -> shard, a file of the index's folder. Raises ToyllmError."""
-    require_file(index)
-    try:
-        with index.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise unreadable(index, error) from error
-    if len(text) > MAX_JSON:
-        raise ToyllmError(f"{index}: larger than {MAX_JSON:,} bytes; no index of shards is")
-    weight_map = parse_object(text, index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ToyllmError(f'{index}: expected "weight_map" with tensor names and their files; download it again')
     shards = {name: shard_path(index, name) for name in sorted(set(weight_map.values()))}
@@ -165,23 +150,21 @@ def read_index(index: Path) -> dict[str, Path]:
 def shard_path(index: Path, name: str) -> Path:
     """Find the file that an index calls `name`: in the index's folder, or behind a link from there into a Hugging Face cache."""
     relative = Path(name)
-    if not name.isprintable() or not relative.parts or relative.is_absolute() or ".." in relative.parts:
+    if len(name) > LONGEST or not name.isprintable() or not relative.parts or relative.is_absolute() or ".." in relative.parts:
         raise ToyllmError(f"{index}: shard {brief(name)} is no name of a file in this folder; download the index again")
     path = index.parent / relative
     require_file(path)
-    target = path.resolve()
-    cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
-    cached |= any(target.is_relative_to(blobs) for blobs in shared_blobs(index))
-    if not cached and not target.is_relative_to(index.parent.resolve()):
+    target, folder = path.resolve(), index.parent.resolve()
+    if not any(target.is_relative_to(place) for place in (folder, *blobs(folder))):
         raise ToyllmError(f"{path}: a link out of the model's folder, to {target}; put the file itself there")
     return path
 
 
-def shared_blobs(index: Path) -> list[Path]:
-    """Where the Hugging Face cache that holds this index keeps files for all its models: those that came through Xet."""
-    snapshot = index.absolute().parent
-    if snapshot.parent.name == "snapshots" and snapshot.parents[1].name.startswith("models--"):
-        return [snapshot.parents[2].resolve() / "blobs"]
+def blobs(folder: Path) -> list[Path]:
+    """Where a Hugging Face cache keeps the files of a snapshot in it: the model's own, and those that came through Xet, for all models."""
+    for snapshots in folder.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return [snapshots.parent / "blobs", snapshots.parents[1] / "blobs"]
     return []
 
 
@@ -237,6 +220,8 @@ def read_tensors(header: bytes, size: int, path: Path) -> list[Tensor]:
 
 def read_tensor(name: str, entry: Any, data: int, path: Path) -> Tensor:
     """Read one entry of a header; the data begin at byte `data` of the file. Raises ToyllmError."""
+    if len(name) > LONGEST:
+        raise ToyllmError(f"{path}: tensor {brief(name)}: a name of {len(name):,} characters, at most {LONGEST:,} are read")
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end < 2**63:
             pass
@@ -245,43 +230,9 @@ def read_tensor(name: str, entry: Any, data: int, path: Path) -> Tensor:
     sizes = all(type(n) is int and n >= 0 for n in shape)
     if not sizes or len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
         raise ToyllmError(f"{path}: tensor {brief(name)}: shape {brief(shape)} is none that an array can have")
+    if 0 in shape and math.prod(max(n, 1) for n in shape) > MAX_EMPTY:
+        raise ToyllmError(f"{path}: tensor {brief(name)}: shape {brief(shape)} holds nothing, in more places than any tensor has")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         takes = f"{dtype} {brief(shape)} takes {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes"
         raise ToyllmError(f"{path}: tensor {brief(name)}: {takes}, its data_offsets give it {end - begin:,}; download it again")
     return Tensor(name, dtype, tuple(shape), path, data + begin, end - begin)
-
-
-def parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object in which no name occurs twice. Raises ToyllmError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        if len(members) < len(pairs):
-            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"the name {brief(twice)} occurs twice")
-        return members
-
-    try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ToyllmError(f"{path}: not valid JSON: {error}; download it again") from error
-    if not isinstance(document, dict):
-        raise ToyllmError(f"{path}: expected a JSON object, found {type(document).__name__}; download it again")
-    return document
-
-
-def require_file(path: Path) -> None:
-    """Refuse what cannot be read as a file, before opening it: opening a FIFO would wait for ever."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not stat.S_ISREG(mode):
-        raise ToyllmError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, where a file is expected")
-
-
-def unreadable(path: Path, error: OSError) -> ToyllmError:
-    """Put the operating system's refusal in one line with the file's name."""
-    if isinstance(error, FileNotFoundError):
-        return ToyllmError(f"{path}: missing; download it again")
-    return ToyllmError(f"{path}: cannot be read ({error.strerror or error})")

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, TypeVar, get_args, get_origin
 
 from ..kernels.errors import ToyllmError
+from .json_files import read_object
 from .location import ModelFiles
 
 FAMILIES = {"gpt2": "gpt2", "gpt_oss": "gpt_oss"}  # model_type in config.json -> the module of this package that runs it
@@ -37,19 +38,6 @@ def positive(default: float) -> Any:
     return field(default=default, metadata={"above": 0.0})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ToyllmError where there is none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ToyllmError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ToyllmError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(document, dict):
-        raise ToyllmError(f"{path}: expected a JSON object, found {type(document).__name__}; download it again")
-    return document
-
-
 def family_of(document: dict[str, Any], where: Path) -> ModuleType:
     """The module that runs a checkpoint with this config.json, by its `model_type`."""
     model_type = document.get("model_type")
@@ -57,8 +45,13 @@ def family_of(document: dict[str, Any], where: Path) -> ModuleType:
         model_type = "gpt_oss"  # OpenAI's own config.json names no type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ToyllmError(f"{where}: model_type {json.dumps(model_type)} is not supported; toyllm runs {known}")
+        raise ToyllmError(f"{where}: model_type {json.dumps(model_type)[:80]} is not supported; toyllm runs {known}")
     return importlib.import_module(f".{FAMILIES[model_type]}", __package__)
+
+
+def optional_positive() -> Any:
+    """A dataclass field for a number above 0 that may be null."""
+    return field(default=None, metadata={"above": 0.0})
 
 
 def read_config(cls: type[C], document: dict[str, Any], where: Path) -> C:
@@ -109,7 +102,7 @@ def load_config(files: ModelFiles) -> tuple[ModuleType, Any]:
     """The family's module and its configuration, read and checked. Raises ToyllmError."""
     if files.config is None:
         raise ToyllmError(f"{files.folder}: no config.json beside the weights; copy it from the model's repository")
-    document = read_json(files.config)
+    document = read_object(files.config)
     family = family_of(document, files.config)
     config = read_config(family.Config, family.normalise(document), files.config)
     family.check(config, files.config)
@@ -119,7 +112,7 @@ def load_config(files: ModelFiles) -> tuple[ModuleType, Any]:
 def effective_config(files: ModelFiles) -> list[tuple[str, Any, str]]:
     """What the model will run with: (key, value, "file" or "default") for every key that toyllm reads."""
     family, config = load_config(files)
-    document = family.normalise(read_json(files.config)) if files.config else {}
+    document = family.normalise(read_object(files.config)) if files.config else {}
     return [(f.name, getattr(config, f.name), "file" if f.name in document else "default") for f in fields(config)]
 
 
@@ -142,4 +135,4 @@ def generation_defaults(files: ModelFiles) -> GenerationDefaults:
     """generation_config.json, or nothing but None without one."""
     if files.generation_config is None:
         return GenerationDefaults()
-    return read_config(GenerationDefaults, read_json(files.generation_config), files.generation_config)
+    return read_config(GenerationDefaults, read_object(files.generation_config), files.generation_config)

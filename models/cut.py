@@ -29,7 +29,6 @@ from typing import Any
 from .. import __version__
 from ..kernels.errors import ToyllmError
 from .checkpoint import Checkpoint
-from .config import read_json
 from .cut_config import is_openai, require_same, smaller, special_tokens, write_config
 from .cut_files import (
     RECORD,
@@ -41,15 +40,16 @@ from .cut_files import (
     json_bytes,
     make_shards,
     read_record,
-    whole_folder,
     write_shard,
 )
 from .cut_table import DIALECTS, ORIGINAL, Kept, Source, make_tensors, open_source
 from .cut_tensors import EXACT, Made, Rounding
+from .json_files import read_object
 from .location import ModelFiles, find_model, list_files
 from .params import count, entry, sizes
 from .tensor_values import MXFP4
 from .weights import Spec
+from .whole import whole_folder
 
 COPIED = (
     "generation_config.json",
@@ -182,8 +182,8 @@ def require_scales_kept(source: Source, keep: Kept) -> None:
 def make_documents(source: Source, new: Any, keep: Kept) -> dict[str, bytes]:
     """config.json; and generation_config.json where it has to say what config.json said before."""
     where, generation = source.files.config, source.files.generation_config
-    document = read_json(where) if where else {}
-    defaults = read_json(generation) if generation else {}
+    document = read_object(where) if where else {}
+    defaults = read_object(generation) if generation else {}
     was_openai = source.family_name == "gpt_oss" and is_openai(document)
     openai = keep.dialect == ORIGINAL or (keep.dialect is None and was_openai)
     dense = keep.expert_dtype != MXFP4 if keep.expert_dtype else source.dense
@@ -259,7 +259,7 @@ def write(plan: Plan, out: Path, force: bool = False, progress: Callable[[int, i
         if progress:
             progress(done, total)
 
-    with whole_folder(path, force) as partial:
+    with whole_folder(path, lambda: check_folder(path, force)) as partial:
         for shard in plan.shards:
             write_shard(partial, shard, rounding, advance)
         for name, data in plan.documents.items():

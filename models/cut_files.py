@@ -1,19 +1,18 @@
-"""The files of a cut checkpoint: tensors shared out to shards, the bytes around them, and a folder that appears whole or not at all."""
+"""The files of a cut checkpoint: tensors shared out to shards, the bytes around them, and which folder may be replaced."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import ToyllmError
 from .checkpoint import DTYPES
-from .config import read_json
 from .cut_tensors import Made, Rounding
+from .json_files import read_object
 from .location import INDEX, WEIGHTS
 
 RECORD, RECORD_SCHEMA = "cut.json", "toyllm.cut-record/1"
@@ -149,7 +148,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """What a folder's cut.json says; None where there is none that toyllm wrote."""
     path = folder / RECORD
     try:
-        record = read_json(path) if path.is_file() and path.stat().st_size <= MAX_RECORD else {}
+        record = read_object(path) if path.is_file() and path.stat().st_size <= MAX_RECORD else {}
     except ToyllmError:
         return None
     return record if record.get("schema") == RECORD_SCHEMA else None
@@ -160,34 +159,3 @@ def check_room(path: Path, nbytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
         raise ToyllmError(f"{path}: {nbytes:,} bytes to write, {free:,} free on this disk; make room, or keep less")
-
-
-@contextmanager
-def whole_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` when the block ends well; when it does not, nothing is left. Raises ToyllmError."""
-    partial = path.with_name(f".toyllm-{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        try:
-            yield partial
-            check_folder(path, force)
-            put_in_place(partial, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise ToyllmError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def put_in_place(folder: Path, path: Path) -> None:
-    """Give a folder its name. What had it before goes only when that is done."""
-    if not os.path.lexists(path):
-        folder.rename(path)
-        return
-    old = path.with_name(f".toyllm-{os.getpid()}.replaced")
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from ..kernels.errors import ToyllmError
 from ..kernels.jit import preparing_seconds
 from .config import GenerationDefaults
+from .held import Held, Shift
 from .model import check_ids
+from .nonfinite import NotFinite, explained
 from .sampling import Sampler, logprobs
 
 if TYPE_CHECKING:
@@ -105,15 +107,18 @@ class Result:
     decode_s: float  # from the first token to the end
     kernels_s: float  # loading or compiling kernels before the first token; the other two leave out all of it
     reused_tokens: int | None = None  # of the prompt, in the KV cache already; None: it was a new one
+    context_shifts: int | None = None  # how often the context was full; None: that would have been the end
+    dropped_tokens: int | None = None  # in all of them together
 
 
 @dataclass(frozen=True)
 class Event:
-    """What one step brought: a token, the text that became certain, and at the end the result."""
+    """What one step brought: a token, the text that became certain, and at the end the result; or what left a full context."""
 
     token: Token | None
     text: str
     result: Result | None = None
+    shift: Shift | None = None
 
 
 def encode_prompt(model: "Model", prompt: str | Sequence[int], special: bool = True) -> list[int]:
@@ -124,8 +129,9 @@ def encode_prompt(model: "Model", prompt: str | Sequence[int], special: bool = T
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise ToyllmError(f"{model.files.name}: no tokenizer beside the weights; give ids with --prompt-ids")
-        ids = model.tokenizer.encode(prompt, special=special) or list(model.config.bos_token_id[:1])
+        ids = model.tokenizer.encode(prompt, special=special) or list((model.defaults.bos_token_id or model.config.bos_token_id)[:1])
     else:
+        check_ids(prompt, model.vocab_size)
         ids = [int(i) for i in prompt]
     if not ids:
         raise ToyllmError("the prompt is empty, and this model has no beginning-of-text token to start from; give at least one token")
@@ -138,49 +144,93 @@ def clock() -> float:
     return time.perf_counter() - preparing_seconds()
 
 
-def generate(model: "Model", prompt: Sequence[int], settings: Settings, context: int | None = None, cache: Any = None) -> Iterator[Event]:
+def generate(
+    model: "Model",
+    prompt: Sequence[int],
+    settings: Settings,
+    context: int | None = None,
+    held: Held | None = None,
+    keep: int | None = None,
+) -> Generator[Event]:
     """Continue the ids of a prompt token by token; the last event carries the result.
 
-    Prompt and continuation together never exceed `context` (default: the model's). A `cache`, if given, has that many positions; what
-    it holds is how the prompt begins, and not all of it. Raises ToyllmError for a prompt longer than the context and for settings that
-    do not fit, before anything runs; and, while running, for logits from which no token can be drawn.
+    Prompt and continuation together never exceed `context` (default: the model's), unless `keep` says how many of the first tokens
+    stay where it is full: half of the others make room then, and an event says so (`Held.shift`). A longer prompt loses them at once.
+    What the prompt begins with is not read again where the cache of `held`, if given, has it; `held.room` is the context then.
+    Raises ToyllmError for a prompt longer than the context and for settings that do not fit, before anything runs; and, while running,
+    for logits from which no token can be drawn.
     """
     settings = check_settings(settings)
-    room: int = model.config.context if context is None else context
-    if len(prompt) > room:
+    room: int = held.room if held else model.config.context if context is None else context
+    if keep is not None and not 0 <= keep <= room - 2:
+        raise ToyllmError(f"--keep {keep}: expected 0 to {room - 2}, so that a context of {room} has something to drop")
+    if keep is None and len(prompt) > room:
         raise ToyllmError(f"the prompt has {len(prompt)} tokens and the context {room}: shorten the prompt, or raise --context")
-    return steps(model, prompt, settings, room, cache, Writer(model, settings.stop))
+    return steps(model, prompt, settings, held, room, keep, Writer(model, settings.stop))
 
 
-def steps(model: "Model", prompt: Sequence[int], settings: Settings, room: int, cache: Any, writer: "Writer") -> Iterator[Event]:
+def steps(
+    model: "Model", prompt: Sequence[int], settings: Settings, held: Held | None, room: int, keep: int | None, writer: "Writer"
+) -> Generator[Event]:
     """The loop of `generate`, whose checks have passed."""
-    reused = None if cache is None else cache.length()
-    run = Continuation(model, prompt, settings, room, writer, reused)
-    cache = model.new_cache(room) if cache is None else cache
-    new = np.arange(reused or 0, len(prompt))
-    logits = model.forward(prompt[reused or 0 :], new, np.zeros(len(new), np.int64), cache)
+    ids = list(prompt) if keep is None else shortened(prompt, room, keep)
+    reused = held.resume(ids) if held else None
+    run = Continuation(model, ids, settings, room, writer, reused, endless=keep is not None)
+    held = held or Held(model, room)
+    if keep is not None and len(ids) < len(prompt):
+        yield run.shifted(Shift(room, keep, len(prompt) - len(ids), len(ids) - keep))
+    logits = held.read(ids[len(held.ids) :])
     while not run.ended:
         if run.token is not None:
-            model.forward([run.token], [run.used - 1], [0], cache, out=logits)
-        yield run.push(logits[0])
+            if keep is not None and len(held.ids) == room:
+                dropped = held.shift(keep)
+                yield run.shifted(Shift(room, keep, len(dropped), len(held.ids) - keep), dropped)
+            held.read([run.token], out=logits)
+        try:
+            event = run.push(logits[0])
+        except NotFinite:
+            raise explained(model, held.ids) from None
+        held.next = None if run.token in settings.eos else run.token
+        yield event
     yield run.finish()
+
+
+def shortened(prompt: Sequence[int], room: int, keep: int) -> list[int]:
+    """The ids of a prompt that stay in a context of `room` positions: where it is full, half of those behind the first `keep` go."""
+    ids = list(prompt)
+    while len(ids) > room:
+        del ids[keep : keep + (len(ids) - keep) // 2]
+    return ids
 
 
 class Continuation:
     """One sequence on its way from a prompt to its end: what is drawn, what of the text is certain, when it ends.
 
     It runs no model. Whoever does calls `push` with the logits f32 [V] that follow the prompt, and then with those that follow `token`,
-    which stands at position `used - 1`, until the sequence has `ended`; then `finish`. The times in the result count from its making.
+    which stands at position `used - 1` (unless the context was shifted), until the sequence has `ended`; then `finish`. The times in the
+    result count from its making.
     """
 
     def __init__(
-        self, model: "Model", prompt: Sequence[int], settings: Settings, room: int, writer: "Writer", reused: int | None = None
+        self,
+        model: "Model",
+        prompt: Sequence[int],
+        settings: Settings,
+        room: int,
+        writer: "Writer",
+        reused: int | None = None,
+        endless: bool = False,
     ) -> None:
-        """The prompt fits the `room` positions, and `settings` are checked; `reused` tokens of it need no pass (None: a new cache)."""
+        """The prompt fits the `room` positions, and `settings` are checked; `reused` tokens of it need no pass (None: a new cache).
+
+        The sequence ends where there is no position left, unless it is `endless`: whoever runs the model makes room.
+        """
         self._start, self._kernels = clock(), preparing_seconds()
         self._model, self._prompt, self._settings, self._writer, self._reused = model, prompt, settings, writer, reused
         self._sampler: Sampler | None = None
-        self._last = min(len(prompt) + settings.max_tokens, room)
+        self._whole = len(prompt) + settings.max_tokens
+        self._last = self._whole if endless else min(self._whole, room)
+        self._shifts, self._dropped = (0, 0) if endless else (None, None)
         self._prefilled = self._first = 0.0  # when the prompt's passes were over, and when the first token came
         self._prepared = 0.0
         self._stopped = False
@@ -206,6 +256,13 @@ class Continuation:
         self._stopped = ends or self._writer.stopped
         return Event(drawn, text)
 
+    def shifted(self, shift: Shift, ids: Sequence[int] = ()) -> Event:
+        """Count what left the context; penalties no longer act on these `ids`."""
+        self._shifts, self._dropped = (self._shifts or 0) + 1, (self._dropped or 0) + shift.dropped
+        if self._sampler:
+            self._sampler.forget(ids)
+        return Event(None, "", shift=shift)
+
     def finish(self) -> Event:
         """The last event: the text that was held back, and the result."""
         if self.token is None:
@@ -213,10 +270,10 @@ class Continuation:
             self._prepared = preparing_seconds()
         tail = self._writer.finish()
         stopped = self._stopped or self._writer.stopped
-        whole = len(self._prompt) + self._settings.max_tokens
-        reason = "stop" if stopped else "length" if self.used == whole else "context"
+        reason = "stop" if stopped else "length" if self.used == self._whole else "context"
         seconds = (self._prefilled - self._start, clock() - self._first, self._prepared - self._kernels)
-        return Event(None, tail, Result(reason, len(self._prompt), self.used - len(self._prompt), *seconds, self._reused))
+        counts = self._reused, self._shifts, self._dropped
+        return Event(None, tail, Result(reason, len(self._prompt), self.used - len(self._prompt), *seconds, *counts))
 
 
 def draw(logits: np.ndarray, sampler: Sampler, settings: Settings) -> Token:

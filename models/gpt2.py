@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.cells import cell_bytes
 from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
-from .cache import DTYPES, CausalCache, whole_blocks
+from .cache import CausalCache
 from .checkpoint import Checkpoint
 from .config import layers, optional_size, positive, size
+from .json_files import brief
 from .taps import Tap, tap_scores
 from .weights import Spec, log, match, matrix, vector
 
@@ -79,7 +81,7 @@ def check(c: Config, where: Path) -> None:
     if c.n_embd % c.n_head:
         raise ToyllmError(f"{where}: n_head: {c.n_head} does not divide n_embd {c.n_embd}")
     if c.activation_function not in ACTIVATIONS:
-        raise ToyllmError(f"{where}: activation_function: expected {' or '.join(ACTIVATIONS)}, found {c.activation_function!r}")
+        raise ToyllmError(f"{where}: activation_function: expected {' or '.join(ACTIVATIONS)}, found {brief(c.activation_function)}")
     if c.add_cross_attention:
         raise ToyllmError(f"{where}: add_cross_attention: toyllm runs decoders without an encoder only")
 
@@ -209,16 +211,21 @@ def make_buffers(c: Config, rows: int) -> Buffers:
     )
 
 
-def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False) -> CausalCache:
-    """A KV cache for so many sequences of up to `capacity` positions; all layers see all of them, so `chunk` does not matter."""
-    del chunk
-    return CausalCache(c.n_layer, c.n_head, c.n_embd // c.n_head, sequences, capacity, dtype, poison)
+def make_cache(
+    c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False, keep: int = 0
+) -> CausalCache:
+    """A KV cache for so many sequences of up to `capacity` positions in passes of up to `chunk` tokens.
+
+    All layers see all positions, so `keep` does not matter. A key has its position inside, and cannot be moved to another.
+    """
+    del keep
+    return CausalCache(c.n_layer, c.n_head, c.n_embd // c.n_head, sequences, capacity, chunk, dtype, poison=poison)
 
 
-def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:
-    """Bytes of keys and values for one sequence of `capacity` positions."""
-    del chunk
-    return 2 * DTYPES[dtype].itemsize * c.n_layer * c.n_embd * whole_blocks(capacity)
+def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32", sequences: int = 1, keep: int = 0) -> int:
+    """Bytes of keys and values of such a cache."""
+    del chunk, keep
+    return 2 * cell_bytes(c.n_embd // c.n_head, dtype) * c.n_layer * c.n_head * sequences * capacity
 
 
 # ---- attention, feed-forward, block, forward --------------------------------------------------------------------------------

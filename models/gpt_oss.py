@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.cells import cell_bytes
 from ..kernels.dtypes import widen
 from ..kernels.errors import ToyllmError
-from .cache import DTYPES, CausalCache, SlidingWindowCache, WrapperCache, whole_blocks
+from .cache import CausalCache, SlidingWindowCache, WrapperCache
 from .checkpoint import Checkpoint
-from .config import LARGEST, layers, positive, size
+from .config import LARGEST, layers, optional_positive, positive, size
+from .json_files import brief
 from .taps import Tap, tap_inside, tap_scores
 from .weights import Spec, match, matrix, mxfp4_bytes, vector
 
@@ -59,6 +61,9 @@ class Config:
     rope_beta_fast: float = positive(32.0)
     rope_beta_slow: float = positive(1.0)
     rope_truncate: bool = False
+    rope_attention_factor: float | None = optional_positive()  # on cos and sin; only YaRN's own, 0.1 ln(factor) + 1, is run
+    rope_mscale: float | None = optional_positive()  # with the next, another way to say the same
+    rope_mscale_all_dim: float | None = optional_positive()
     hf_rope_impl: bool = True  # pairs (i, i + Dh/2); false: (2 i, 2 i + 1)
     tie_word_embeddings: bool = False
     bos_token_id: tuple[int, ...] = ()
@@ -100,7 +105,12 @@ ROPE_SPELLINGS = {
     "beta_fast": "rope_beta_fast",
     "beta_slow": "rope_beta_slow",
     "truncate": "rope_truncate",
+    "attention_factor": "rope_attention_factor",
+    "mscale": "rope_mscale",
+    "mscale_all_dim": "rope_mscale_all_dim",
 }
+# what transformers takes where rope settings are given without these; those of a config.json that gives none are `Config`'s
+ROPE_SILENT = {"rope_type": "default", "rope_truncate": True}
 
 
 def normalise(document: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +120,7 @@ def normalise(document: dict[str, Any]) -> dict[str, Any]:
         settings = document.get(place)
         if isinstance(settings, dict):
             flat |= {ROPE_SPELLINGS[key]: value for key, value in settings.items() if key in ROPE_SPELLINGS}
+            flat = ROPE_SILENT | flat
         elif settings is not None:
             flat["rope_type"] = settings  # to be refused there
     if "initial_context_length" in document:
@@ -137,17 +148,36 @@ def check(c: Config, where: Path) -> None:
     if c.num_experts_per_tok > c.num_local_experts:
         raise wrong("num_experts_per_tok", f"{c.num_experts_per_tok} experts a token, but the model has {c.num_local_experts}")
     if c.rope_type not in ("yarn", "default"):
-        raise wrong("rope_type", f"expected yarn or default, found {c.rope_type!r}")
+        raise wrong("rope_type", f"expected yarn or default, found {brief(c.rope_type)}")
     if c.rope_theta <= 1:
         raise wrong("rope_theta", f"expected a number above 1, found {c.rope_theta:g}")
     if not 1 <= c.rope_factor <= LARGEST:
         raise wrong("rope_factor", f"expected 1 to {LARGEST}, found {c.rope_factor:g}")
+    factor, known = attention_factor(c)
+    if not math.isclose(factor, known, rel_tol=1e-6):
+        raise wrong("rope_attention_factor", f"expected YaRN's own for this rope_factor, {known:g}, found {factor:g}")
     if c.layer_types is not None:
         if len(c.layer_types) != c.num_hidden_layers:
             raise wrong("layer_types", f"{len(c.layer_types)} entries for num_hidden_layers {c.num_hidden_layers}")
         odd = next((kind for kind in c.layer_types if kind not in (SLIDING, FULL)), None)
         if odd is not None:
-            raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {odd!r}")
+            raise wrong("layer_types", f"expected {SLIDING} or {FULL}, found {brief(odd)}")
+
+
+def attention_factor(c: Config) -> tuple[float, float]:
+    """The factor on cos and sin that a configuration asks for, as transformers reads it (modeling_rope_utils), and YaRN's own."""
+
+    def scaled(by: float) -> float:
+        return 0.1 * by * math.log(c.rope_factor) + 1
+
+    if c.rope_type != "yarn":
+        return 1.0, 1.0
+    known = scaled(1)
+    if c.rope_attention_factor is not None:
+        return c.rope_attention_factor, known
+    if c.rope_mscale and c.rope_mscale_all_dim:
+        return scaled(c.rope_mscale) / scaled(c.rope_mscale_all_dim), known
+    return known, known
 
 
 # ---- names in the checkpoint ------------------------------------------------------------------------------------------------
@@ -361,24 +391,56 @@ def make_buffers(c: Config, rows: int) -> Buffers:
     )
 
 
-def make_cache(c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False) -> WrapperCache:
-    """A KV cache for so many sequences: rings of window + chunk on sliding layers, `capacity` positions on the others."""
-    sliding = c.sliding
-    shape = (c.num_key_value_heads, c.head_dim, sequences, capacity)
+def make_cache(
+    c: Config, sequences: int, capacity: int, chunk: int, dtype: str = "f32", poison: bool = False, keep: int = 0
+) -> WrapperCache:
+    """A KV cache for so many sequences of up to `capacity` positions in passes of up to `chunk` tokens.
+
+    Sliding layers remember their window and, so that a sequence can step back, the `keep` positions before it.
+    """
+    sizes = (c.num_key_value_heads, c.head_dim, sequences, capacity)
+    memory, batch = sliding_room(c, sequences, capacity, chunk, keep)
+    shift = functools.partial(shifted, c)
     caches: list[CausalCache] = []
-    if any(sliding):
-        caches.append(SlidingWindowCache(sum(sliding), *shape, c.sliding_window, chunk, dtype, poison))
-    if not all(sliding):
-        caches.append(CausalCache(len(sliding) - sum(sliding), *shape, dtype, poison))
-    layers = [(0 if slides else len(caches) - 1, sliding[:i].count(slides)) for i, slides in enumerate(sliding)]
-    return WrapperCache(caches, layers)
+    if n := sum(c.sliding):
+        sliding = SlidingWindowCache(n, *sizes, batch, dtype, shift, window=min(c.sliding_window, memory), memory=memory, poison=poison)
+        caches.append(sliding)
+    if n := len(c.sliding) - sum(c.sliding):
+        caches.append(CausalCache(n, *sizes, chunk, dtype, shift, poison=poison))
+    return WrapperCache(caches)
 
 
-def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32") -> int:
-    """Bytes of keys and values for one sequence of `capacity` positions."""
-    cell = 2 * DTYPES[dtype].itemsize * c.num_key_value_heads * c.head_dim
-    rings = sum(c.sliding)
-    return cell * (rings * min(c.sliding_window + chunk - 1, capacity) + (len(c.sliding) - rings) * whole_blocks(capacity))
+def cache_bytes(c: Config, capacity: int, chunk: int, dtype: str = "f32", sequences: int = 1, keep: int = 0) -> int:
+    """Bytes of keys and values of such a cache."""
+    cell = 2 * cell_bytes(c.head_dim, dtype) * c.num_key_value_heads
+    memory, batch = sliding_room(c, sequences, capacity, chunk, keep)
+    sliding = sum(c.sliding)
+    return cell * (sliding * (sequences * memory + batch) + (len(c.sliding) - sliding) * sequences * capacity)
+
+
+def sliding_room(c: Config, sequences: int, capacity: int, chunk: int, keep: int) -> tuple[int, int]:
+    """A sliding layer's memory, and the most tokens of a pass: no more than there can be."""
+    return min(c.sliding_window + keep, capacity), min(chunk, sequences * capacity)
+
+
+@functools.cache
+def layer_places(c: Config) -> tuple[tuple[int, int], ...]:
+    """Of each layer, its type in the cache, and its number among those of the type."""
+    full = int(any(c.sliding))  # the sliding ones come first, if there are any
+    return tuple((0 if slides else full, c.sliding[:i].count(slides)) for i, slides in enumerate(c.sliding))
+
+
+def shifted(c: Config, layer: int, key: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Keys f32 [n, G, Dh] as they would be at positions by `offsets` int64 [n] higher; in place.
+
+    Turned by the angle alone, formed in f64: YaRN's factor is on them already.
+    """
+    from ..kernels.rotary import rotate_kernel
+
+    del layer  # all turn alike
+    angles = offsets[:, None] * frequencies(c)[0].astype(np.float32).astype(np.float64)  # the frequencies of `rotations`
+    rotate_kernel(key, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), not c.hf_rope_impl)
+    return key
 
 
 # ---- attention, mixture of experts, block, forward --------------------------------------------------------------------------
@@ -409,7 +471,7 @@ def attention(
     c: Config,
     k: "Backend",
     buffers: Buffers,
-    cache: WrapperCache,
+    cache: CausalCache,
     turn: tuple[np.ndarray, np.ndarray],
     tap: Tap | None,
 ) -> np.ndarray:
@@ -468,7 +530,7 @@ def block(
     c: Config,
     k: "Backend",
     buffers: Buffers,
-    cache: WrapperCache,
+    cache: CausalCache,
     turn: tuple[np.ndarray, np.ndarray],
     tap: Tap | None,
 ) -> None:
@@ -511,9 +573,10 @@ def forward(
     if tap:
         tap("embed", x)
     turn = rotations(c, positions)
-    for i, weights in enumerate(w.blocks):
-        cache.set_layer(i)
-        block(x, weights, i, c, k, buffers, cache, turn, tap)
+    for i, (weights, (kind, number)) in enumerate(zip(w.blocks, layer_places(c), strict=True)):
+        cache.set_layer_type(kind)
+        cache.set_layer(number)
+        block(x, weights, i, c, k, buffers, cache.chosen, turn, tap)
     n = T if tap and tap.reader else len(logits)
     if not n:
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..kernels.cells import cell_bytes
 from ..kernels.errors import ToyllmError
 from .cache import BLOCK, DTYPES
 from .params import Anatomy, Entry, anatomy, one_layer, sizes
@@ -31,9 +32,10 @@ class Running:
     cache_dtype: str = "f32"
     prefill_chunk: int = 512
     weights: str = "stored"  # or "q8": dense ones are copied in 8 bits
+    sequences: int = 1  # that run together, each with the context
 
 
-def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int, weights: str = "stored") -> Running:
+def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int, weights: str = "stored", sequences: int = 1) -> Running:
     """Checked; a `context` of None is the model's. Raises ToyllmError."""
     most = a.config.context
     if context is not None and not 1 <= context <= most:
@@ -44,7 +46,9 @@ def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: in
         raise ToyllmError(f"--prefill-chunk {prefill_chunk}: expected at least 1")
     if weights not in WEIGHTS:
         raise ToyllmError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
-    return Running(most if context is None else context, cache_dtype, prefill_chunk, weights)
+    if sequences < 1:
+        raise ToyllmError(f"--batch-size {sequences}: expected at least 1")
+    return Running(most if context is None else context, cache_dtype, prefill_chunk, weights, sequences)
 
 
 def held(entries: Iterable[Entry], weights: str) -> tuple[Entry, ...]:
@@ -78,7 +82,7 @@ class Allocation:
 
 
 def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
-    """Everything that the part allocates for one sequence, in the order of a forward pass."""
+    """Everything that the part allocates, in the order of a forward pass."""
     entries = held(part.entries, run.weights)
 
     def weights(name: str, layer: int | None, head: bool = False) -> list[Allocation]:
@@ -93,15 +97,15 @@ def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
     pieces = weights("input", None)
     for i in part.layers:
         pieces += weights(f"layer {i}", i)
-        nbytes = a.family.cache_bytes(one_layer(a.config, i), run.context, run.prefill_chunk, run.cache_dtype) // part.shards
-        pieces.append(Allocation(f"layer {i}", "cache", nbytes))
+        nbytes = a.family.cache_bytes(one_layer(a.config, i), run.context, run.prefill_chunk, run.cache_dtype, run.sequences)
+        pieces.append(Allocation(f"layer {i}", "cache", nbytes // part.shards))
     pieces += weights("head", None, head=True)
     return (*pieces, Allocation("buffers", "work", buffer_bytes(a, part, run)), Allocation("engine", "work", ENGINE))
 
 
 def buffer_bytes(a: Anatomy, part: Part, run: Running) -> int:
     """Bytes of the family's `Buffers` and of the logits; of the experts' passing ones, those for the average share of a chunk."""
-    s, rows = sizes(a.config), min(run.prefill_chunk, run.context)
+    s, rows = sizes(a.config), min(run.prefill_chunk, run.context * run.sequences)
     H, G, F = s.H // part.shards, s.G // part.shards, s.F if s.E else s.F // part.shards
     Q, KV = H * s.Dh, G * s.Dh
     if s.E:
@@ -112,7 +116,7 @@ def buffer_bytes(a: Anatomy, part: Part, run: Running) -> int:
         nbytes = 4 * rows * (3 * s.D + Q + 2 * KV + 2 * Q + F)
     panel = 64 * (max(s.D, F, Q if s.E else 0) + 1)  # of the widest kernels
     logits = s.V if any(e.multiplied and e.component in ("embedding", "head") for e in part.entries) else 0
-    return nbytes + 4 * (threads() * (panel + 8 * BLOCK) + logits)
+    return nbytes + 4 * (threads() * (panel + 8 * BLOCK) + logits * run.sequences)
 
 
 def threads() -> int:
@@ -121,10 +125,10 @@ def threads() -> int:
     return int(given) if given.isdecimal() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def of_model(model: Any, context: int) -> tuple[Allocation, ...]:
-    """What a loaded model allocates to run one sequence of so many positions."""
+def of_model(model: Any, context: int, sequences: int = 1) -> tuple[Allocation, ...]:
+    """What a loaded model allocates to run so many sequences together, each of so many positions."""
     a = anatomy(model.files)
-    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk, model.kernels.weights))
+    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk, model.kernels.weights, sequences))
 
 
 def mark(pieces: Iterable[Allocation], kind: str, status: str) -> tuple[Allocation, ...]:
@@ -187,7 +191,7 @@ def per_token(a: Anatomy, part: Part, run: Running) -> PerToken:
     """Bytes and operations of one decoded token in a part."""
     s = sizes(a.config)
     seen = sum(min(run.context, s.windows[i] or run.context) for i in part.layers)
-    cell = 2 * s.G // part.shards * s.Dh * DTYPES[run.cache_dtype].itemsize
+    cell = 2 * s.G // part.shards * cell_bytes(s.Dh, run.cache_dtype)
     attention = 4 * s.H // part.shards * s.Dh * seen  # q · k and the sum of v, a product and a sum each
     entries = held(part.entries, run.weights)
     return PerToken(sum(e.read for e in entries), cell * seen, sum(e.flops for e in entries) + attention)

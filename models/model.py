@@ -91,15 +91,10 @@ class Model:
         most = self.config.context
         if wanted is not None and not 1 <= wanted <= most:
             raise ToyllmError(f"--context {wanted}: expected 1 to {most}, the positions this model knows")
-        free = available_memory()
-        if free is None:
+        room = self.free_for_cache()
+        if room is None:
             return wanted or most
-        weights = self.mapped_bytes
-        room = (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
-
-        def needs(context: int) -> int:
-            return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype)
-
+        needs = self.cache_bytes
         if needs(wanted or most) <= room:
             return wanted or most
         fits = bisect_right(range(1, most + 1), room, key=needs)
@@ -111,13 +106,30 @@ class Model:
         log.info("context reduced from %d to %d: %s", most, fits, figures)
         return fits
 
-    def new_cache(self, context: int | None = None, sequences: int = 1) -> Any:
-        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's). Raises OutOfMemory."""
+    def free_for_cache(self) -> int | None:
+        """Bytes of memory that a KV cache may take: beside the weights, where both fit. None where the system does not tell."""
+        free = available_memory()
+        if free is None:
+            return None
+        weights = self.mapped_bytes
+        return (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
+
+    def cache_bytes(self, context: int, sequences: int = 1) -> int:
+        """Bytes of a KV cache for so many sequences of so many positions."""
+        return self.family.cache_bytes(self.config, context, self.prefill_chunk, self.cache_dtype, sequences)
+
+    def new_cache(self, context: int | None = None, sequences: int = 1, keep: int = 0) -> Any:
+        """A KV cache for `sequences` sequences of up to `context` positions (default: the model's); see `models.cache`.
+
+        `keep` is how many positions a sequence can step back from where a pass began, for layers that would have forgotten what it then
+        sees. Raises OutOfMemory.
+        """
         room = self.config.context if context is None else context
+        sizes = (self.prefill_chunk, self.cache_dtype)
         try:
-            return self.family.make_cache(self.config, sequences, room, self.prefill_chunk, self.cache_dtype, self.poison_cache)
+            return self.family.make_cache(self.config, sequences, room, *sizes, self.poison_cache, keep)
         except MemoryError as error:
-            nbytes = sequences * self.family.cache_bytes(self.config, room, self.prefill_chunk, self.cache_dtype)
+            nbytes = self.family.cache_bytes(self.config, room, *sizes, sequences, keep)
             text = f"--context {room}: the KV cache takes {nbytes / 1e9:.2f} GB, which the system does not give; try a smaller --context"
             raise OutOfMemory(text, room) from error
 
@@ -138,9 +150,13 @@ class Model:
         each activation as it is made, and changed where the model's are: a buffer that the next one overwrites; copy it to keep it. Raises
         ToyllmError for ids, positions or sequences that do not fit; CacheFull where the cache has no room.
         """
-        tokens, positions, sequences = (np.asarray(a, np.int64) for a in (tokens, positions, sequences))
+        named = {"tokens": tokens, "positions": positions, "sequences": sequences}
+        tokens, positions, sequences = (integers(name, array) for name, array in named.items())
         self._check_batch(tokens, positions, sequences)
+        check_follows(cache, positions, sequences)
         T = len(tokens)
+        if self.prefill_chunk < T:
+            cache.check_room(positions, sequences, self.prefill_chunk)
         if self._buffers is None or len(self._buffers.x) < min(T, self.prefill_chunk):
             self._buffers = self.family.make_buffers(self.config, min(self.prefill_chunk, max(T, 1)))
         logits = np.empty((T if all_logits else 1, self.vocab_size), np.float32) if out is None else out
@@ -183,12 +199,30 @@ class Model:
         return generate(self, encode_prompt(self, prompt), settings or Settings(), context)
 
 
+def check_follows(cache: Any, positions: np.ndarray, sequences: np.ndarray) -> None:
+    """Raise ToyllmError, naming the sequence, where positions do not follow those that the cache holds; an empty one begins anywhere."""
+    for sequence in dict.fromkeys(sequences.tolist()):
+        mine = positions if len(positions) == 1 else positions[sequences == sequence]
+        stored = cache.next_position(sequence)
+        expected = int(mine[0]) if stored is None else stored
+        if mine[0] != expected or (len(mine) > 1 and (np.diff(mine) != 1).any()):
+            raise ToyllmError(f"sequence {sequence}: expected positions from {expected} on, one after the other")
+
+
 def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int) -> None:
     """Raise ToyllmError, naming the first, where an id is no row of the embedding."""
-    array = np.asarray(ids, np.int64)
+    array = integers("ids", ids)
     outside = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(outside):
         raise ToyllmError(f"token id {array[outside[0]]} (number {outside[0] + 1} of {len(array)}): expected 0 to {vocab_size - 1}")
+
+
+def integers(name: str, values: np.ndarray | Sequence[int]) -> np.ndarray:
+    """The values as int64. Raises ToyllmError for what are no whole numbers: NumPy would cut off what follows the point."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ToyllmError(f"{name}: expected integers of 64 bits, found {array.dtype}")
+    return array.astype(np.int64, copy=False)
 
 
 def ignore(*_: object) -> None:
@@ -216,10 +250,11 @@ def load(
     The weights stay in the memory map; with `weights` "q8" the dense ones are copied in 8 bits, and the copies used. `backend` is one of
     kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the physical cores), `prefill_chunk` the most tokens a
     pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache` fills the KV cache with NaN; `moe` is one of
-    kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. `activations` "bf16" lets products of many rows round activations,
-    where the processor gains by it; `exact` forbids that and copies. `attention` is one of kernels.backends.ATTENTION: "plain" computes
-    it unfused, to check. `preload` is called with the files when all is found right and before they are read, `progress` with the
-    bytes of weights copied so far and in all, where that takes long. Raises ToyllmError for what cannot be found, read or run.
+    kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. Activations before MXFP4 weights are held in 16 bits where the
+    processor gains by it, and with `activations` "bf16" those of products of many rows in 8; `exact` forbids both, and copies.
+    `attention` is one of kernels.backends.ATTENTION: "plain" computes it unfused, to check. `preload` is called with the files when all
+    is found right and before they are read, `progress` with the bytes of weights copied so far and in all, where that takes long.
+    Raises ToyllmError for what cannot be found, read or run.
     """
     for option, value, usual in (("activations", activations, "f32"), ("weights", weights, "stored")):
         if exact and value != usual:
@@ -242,7 +277,7 @@ def load(
     from ..kernels.moe import check_mixing
     from ..kernels.threads import set_threads
 
-    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention, weights)
+    kernels = choose(backend, check_mixing(moe, tokens_per_expert_ratio), activations, attention, weights, exact)
     threads = set_threads(threads)
     model = Model(files, family, config, checkpoint, stored, tokenizer, kernels, threads, prefill_chunk, cache_dtype, poison_cache)
     preload(checkpoint.shards)

@@ -20,7 +20,8 @@ from typing import Any
 from ..kernels.errors import ToyllmError
 from . import gpt2, gpt_oss
 from .checkpoint import Checkpoint, Tensor, open_checkpoint
-from .config import load_config, read_json
+from .config import load_config
+from .json_files import read_object
 from .location import ModelFiles
 from .weights import Spec, match
 
@@ -249,7 +250,7 @@ def anatomy(files: ModelFiles) -> Anatomy:
     """Open a model's headers; its config.json alone where there are no weights. Raises ToyllmError."""
     family, config = load_config(files)
     if files.weights is None and files.index is None and files.config is not None:
-        return Anatomy(family, config, promised_entries(family, config, read_json(files.config)))
+        return Anatomy(family, config, promised_entries(family, config, read_object(files.config)))
     checkpoint = open_checkpoint(files)
     return Anatomy(family, config, stored_entries(checkpoint, family, config), file_sizes(checkpoint))
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..kernels.errors import ToyllmError
 from ..kernels.sampling import largest, log_sum_exp, sample_kernel, sample_scratch
+from .nonfinite import UNDRAWABLE, NotFinite
 
 if TYPE_CHECKING:
     from .generation import Settings
@@ -26,17 +26,21 @@ class Sampler:
         self._penalised = np.empty(vocab_size, np.float32) if penalised else None
 
     def next(self, logits: np.ndarray) -> int:
-        """The next token from logits f32 [V], which stay as they are. Raises ToyllmError where none can be drawn."""
+        """The next token from logits f32 [V], which stay as they are. Raises NotFinite where none can be drawn."""
         s = self._settings
         if self._penalised is not None:
             np.copyto(self._penalised, logits)
             logits = self._penalised
             penalise(logits, self._counts, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
         if not np.isfinite(logits.max()):
-            raise ToyllmError("the logits hold NaN or infinity, so no token can be drawn; are the weights damaged?")
+            raise NotFinite(f"{UNDRAWABLE}; are the weights damaged?")
         token = sample_kernel(logits, *self._limits, self._random.random(), self._scratch) if s.temperature else int(logits.argmax())
         self._counts[token] += 1
         return token
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Tokens that have left the context are no longer counted in it."""
+        np.subtract.at(self._counts, np.asarray(ids, np.int64), 1)
 
 
 def penalise(logits: np.ndarray, counts: np.ndarray, repetition: float, presence: float, frequency: float) -> None:

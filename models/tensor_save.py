@@ -1,15 +1,13 @@
 """Tensors to files: .npy, .npz, .safetensors, .csv, .json, whole or not at all.
 
-A file is written beside its place under another name, and moved there when it is complete; values are read and written piece by piece.
-bf16 stays BF16 in .safetensors and is widened to f32, exactly, elsewhere: NumPy has no bfloat16.
+Values are read and written piece by piece. bf16 stays BF16 in .safetensors and is widened to f32, exactly, elsewhere: NumPy has no
+bfloat16.
 """
 
 import json
 import logging
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -19,6 +17,7 @@ from ..kernels.dtypes import BF16, F16, widen
 from ..kernels.errors import ToyllmError
 from .tensor_json import SCHEMA, describe, describe_values, json_numbers
 from .tensor_values import NAMES, Values
+from .whole import check_free, whole_file
 
 log = logging.getLogger("toyllm")
 
@@ -31,25 +30,7 @@ def check_target(path: Path, suffixes: Sequence[str], force: bool) -> None:
         raise ToyllmError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise ToyllmError(f"{path}: no folder {path.parent} to write to")
-    if not force and os.path.lexists(path):
-        raise ToyllmError(f"{path}: is there already; --force writes over it")
-
-
-@contextmanager
-def whole_file(path: Path, force: bool) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` when the block ends well; when it does not, nothing is left. Raises ToyllmError."""
-    partial = path.with_name(f".toyllm-{os.getpid()}.partial")
-    try:
-        try:
-            with partial.open("xb") as file:
-                yield file
-            if not force and os.path.lexists(path):
-                raise ToyllmError(f"{path}: came into being meanwhile; --force writes over it")
-            os.replace(partial, path)  # noqa: PTH105 - what the text above promises, by its name
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ToyllmError(f"{path}: cannot be written ({error.strerror or error})") from error
+    check_free(path, force)
 
 
 def save(path: Path, tensors: Sequence[Values], force: bool = False) -> None:

@@ -8,15 +8,17 @@ agree by construction.
 import codecs
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..kernels.errors import ToyllmError
-from .config import read_json
+from .json_files import brief, read_bytes, read_object
 from .location import ModelFiles
 
 if TYPE_CHECKING:
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("toyllm")
 
 END_OF_TEXT = "<|endoftext|>"
+SENTENCE_PIECE = re.compile(rb'"type"\s*:\s*"Precompiled"')
+MAX_TOKENIZER = 2**28  # bytes of a tokenizer.json or a merges.txt: ten times the largest there are
+PARTS = {
+    *("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents"),
+    *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"),
+    *("TemplateProcessing", "RobertaProcessing", "BertProcessing"),
+}
 
 
 def byte_characters() -> list[str]:
@@ -103,7 +112,10 @@ class Tokenizer:
                 f"text: expected Unicode, found a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}; "
                 "give text that is valid UTF-8"
             ) from error
-        with self.lock:  # the library keeps this choice as a setting of the whole tokenizer
+        with (
+            self.lock,
+            refusals("the text cannot be encoded: the tokenizers library fails on the model's tokenizer"),
+        ):  # the library keeps this choice as a setting of the whole tokenizer
             self.library.encode_special_tokens = not special
             return self.library.encode(text, add_special_tokens=special)
 
@@ -157,17 +169,25 @@ class Stream:
 def load_tokenizer(files: ModelFiles) -> Tokenizer | None:
     """Read a model's tokenizer: tokenizer.json, else vocab.json with merges.txt; None without them, and token ids alone work.
 
-    A tokenizer that is not byte-level (WordPiece, SentencePiece) is passed over with a warning: None as well. Raises ToyllmError that
-    names the file where one is broken.
+    A tokenizer that is not byte-level (WordPiece, SentencePiece), or has parts that byte-level ones do without, is passed over with a
+    warning: None as well. Raises ToyllmError that names the file where one is broken.
     """
+    not_ours = "%s: not byte-level, the kind of tokenizer that toyllm knows; the model works with token ids alone"
     if files.tokenizer:
-        library = parse(str(files.tokenizer), files.tokenizer.read_bytes())
+        document = read_bytes(files.tokenizer, MAX_TOKENIZER)
+        if SENTENCE_PIECE.search(document):  # unread: on a broken one the library writes pages to stderr
+            log.warning(not_ours, files.tokenizer)
+            return None
+        library = parse(str(files.tokenizer), document)
     elif files.vocab and files.merges:
         library = parse(f"{files.vocab} with {files.merges.name}", json.dumps(gpt2_document(files.vocab, files.merges)).encode())
     else:
         return None
     if not is_byte_level(library):
-        log.warning("%s: not byte-level, the kind of tokenizer that toyllm knows; the model works with token ids alone", files.tokenizer)
+        log.warning(not_ours, files.tokenizer)
+        return None
+    if strange := strange_part(library):
+        log.warning("%s: has a part %s, which toyllm does not run; the model works with token ids alone", files.tokenizer, brief(strange))
         return None
     library.no_truncation()
     library.no_padding()
@@ -178,16 +198,50 @@ def parse(where: str, document: bytes) -> "Library":
     """Make the library's tokenizer from the text of a tokenizer.json. Raises ToyllmError that says where it came from."""
     from tokenizers import Tokenizer as Library
 
-    try:
+    with refusals(f"{where}: not a tokenizer that can be read"):
         return Library.from_buffer(document)
-    except ValueError as error:
-        reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
-        raise ToyllmError(f"{where}: not a tokenizer that can be read ({reason}); download it again") from error
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Turn what the library raises into one line. Its own code is Rust, whose panics are no `Exception`. Raises ToyllmError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = brief(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))[1:-1]
+        raise ToyllmError(f"{what} ({reason}); download it again") from error
+
+
+def strange_part(library: "Library") -> str:
+    """The first part of a tokenizer, by its type, that is not among those known to be harmless; "" if all are.
+
+    A normalizer that replaces text can make gigabytes of a line; the library fails on parts that lack what they name.
+    """
+    for part in (library.normalizer, library.pre_tokenizer, library.post_processor):
+        for kind in part_types(json.loads(part.__getstate__())) if part else ():
+            if kind not in PARTS:
+                return kind
+    return ""
+
+
+def part_types(part: Any) -> Iterator[str]:
+    """The types of a part and of all parts in it; a template that names a special token it does not define is of a type of its own."""
+    if isinstance(part, dict):
+        if isinstance(part.get("type"), str):
+            yield part["type"]
+        if part.get("type") == "TemplateProcessing":
+            pieces = [piece["SpecialToken"]["id"] for piece in (*part["single"], *part["pair"]) if "SpecialToken" in piece]
+            yield from (f"TemplateProcessing without its {name}" for name in pieces if name not in part["special_tokens"])
+    if isinstance(part, (dict, list)):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from part_types(inner)
 
 
 def gpt2_document(vocab: Path, merges: Path) -> dict[str, Any]:
     """Write GPT-2's two older files as a tokenizer.json: their vocabulary and merges, with GPT-2's own splitting into words."""
-    ids = read_json(vocab)
+    ids = read_object(vocab)
     special = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     return {
@@ -202,7 +256,7 @@ def gpt2_document(vocab: Path, merges: Path) -> dict[str, Any]:
 def merge_lines(path: Path) -> Iterator[str]:
     """Read the merges of a merges.txt, first to last, each two tokens with a space between. Raises ToyllmError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_TOKENIZER).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ToyllmError(f"{path}: not UTF-8 at byte {error.start}; download it again") from error
     for number, line in enumerate(text.split("\n"), 1):

@@ -10,6 +10,7 @@ import numpy as np
 from ..kernels.dtypes import BF16, F16, F32, widen
 from ..kernels.errors import ToyllmError
 from .checkpoint import Checkpoint, Tensor
+from .json_files import brief
 
 log = logging.getLogger("toyllm")
 
@@ -37,11 +38,13 @@ def match(checkpoint: Checkpoint, specs: Mapping[str, Spec], prefixes: tuple[str
             continue
         key = ours.get(bare)
         if key is None:
-            raise ToyllmError(f"{tensor.path}: tensor {tensor.name} is not part of this architecture; is config.json the right one?")
+            name = brief(tensor.name)[1:-1]  # of any length; those that are known are short
+            raise ToyllmError(f"{tensor.path}: tensor {name} is not part of this architecture; is config.json the right one?")
         if key in found:
             raise ToyllmError(f"{tensor.path}: tensors {found[key].name} and {tensor.name} are the same weight; keep one")
         if tensor.shape != specs[key].shape:
-            raise ToyllmError(f"{tensor.path}: tensor {tensor.name}: expected shape {list(specs[key].shape)}, found {list(tensor.shape)}")
+            expected, shape = list(specs[key].shape), brief(list(tensor.shape))
+            raise ToyllmError(f"{tensor.path}: tensor {tensor.name}: expected shape {expected}, found {shape}")
         found[key] = tensor
     missing = [spec.name for key, spec in specs.items() if key not in found and not spec.optional]
     if missing:
@@ -67,4 +70,7 @@ def mxfp4_bytes(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
 
 def vector(checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
     """A bias or norm weight, widened once to f32: small, and read whole by every token."""
-    return np.ascontiguousarray(widen(matrix(checkpoint, tensor)), np.float32)
+    wide = np.ascontiguousarray(widen(matrix(checkpoint, tensor)), np.float32)
+    if not np.isfinite(wide).all():
+        log.warning("%s: tensor %s holds NaN or infinity; `toyllm check` says where", tensor.path, tensor.name)
+    return wide

@@ -482,7 +482,10 @@ def test_damaged_weights_are_an_error_and_no_text(toyllm: Any, tmp_path: Path) -
     shutil.copy(Path(BASELINE) / "config.json", tmp_path)
     code, out, err = toyllm("generate", "-m", str(tmp_path), "--prompt-ids", "1", *GREEDY)
     assert (code, out) == (1, "")
-    assert err == "error: the logits hold NaN or infinity, so no token can be drawn; are the weights damaged?\n"
+    warning, error = err.splitlines()
+    assert warning.endswith("tensor transformer.ln_f.bias holds NaN or infinity; `toyllm check` says where")
+    begins = "which begins in norm_f, at position 0"
+    assert error.startswith(f"error: no token can be drawn: the logits hold NaN or infinity, {begins}; are the weights damaged?")
 
 
 # On a terminal

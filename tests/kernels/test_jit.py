@@ -1,9 +1,11 @@
 """The compiler's door: kernels are kept in a private folder, come back from it, and nothing that lies there can harm a run."""
 
+import fcntl
 import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,117 @@ class TestFolder:
         assert "home directory" in notes()[0]
 
 
+class TestOthers:
+    """Folders of other versions, in the place where this one's is made."""
+
+    @pytest.fixture
+    def others(self, tmp_path, monkeypatch) -> Callable[..., Path]:
+        """Make a folder as version number `i` left it, last used so many days ago."""
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+
+        def make(i: int, days: float, name: str = "kernels-{:016x}", mode: int = 0o700) -> Path:
+            folder = tmp_path / name.format(i)
+            (folder / "kernels_1f").mkdir(parents=True)
+            (folder / "kernels_1f" / "matmul.nbc").write_bytes(b"x")
+            (folder / "kernels_1f" / "matmul.4711").write_bytes(b"never finished")
+            folder.chmod(mode)
+            used = time.time() - 86400 * days
+            os.utime(folder, (used, used))
+            return folder
+
+        return make
+
+    @pytest.fixture(autouse=True)
+    def fresh_process(self, monkeypatch) -> Callable[[], Path | None]:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        return jit.cache_folder.__wrapped__
+
+    def test_those_used_last_and_lately_are_kept(self, others, fresh_process, notes):
+        kept = [others(i, days=i) for i in range(jit.OTHERS - 2)]
+        old = others(50, days=jit.OTHERS_DAYS + 1)
+        mine = fresh_process()
+        assert sorted(path for path in mine.parent.iterdir()) == sorted([*kept, mine])
+        assert not old.exists()
+        assert notes() == []
+
+    def test_no_more_than_so_many_are_kept(self, others, fresh_process):
+        made = [others(i, days=i / 100) for i in range(jit.OTHERS + 5)]
+        fresh_process()
+        assert [path.exists() for path in made] == [True] * jit.OTHERS + [False] * 5
+
+    def test_only_a_new_version_looks_at_them(self, others, fresh_process):
+        mine = fresh_process()
+        old = others(1, days=99)
+        assert fresh_process() == mine
+        assert old.exists()
+
+    def test_a_folder_in_use_is_left_and_its_time_is_noted(self, others, fresh_process):
+        used, unused = others(1, days=99), others(2, days=99)
+        descriptor = jit.lock(used, fcntl.LOCK_SH)  # as a process that runs on it has it
+        mine = fresh_process()
+        assert (used.exists(), unused.exists()) == (True, False)
+        assert abs(mine.stat().st_mtime - time.time()) < 60
+        os.close(descriptor)
+        mine.rename(mine.with_name("elsewhere"))
+        fresh_process()
+        assert not used.exists()
+
+    def test_this_process_holds_its_own(self, fresh_process, tmp_path, monkeypatch):
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+        with pytest.raises(BlockingIOError):
+            jit.lock(fresh_process(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_one_that_is_removed_before_it_is_held_is_made_again(self, tmp_path, monkeypatch):
+        folder, lock, removed = tmp_path / "kernels-1", jit.lock, []
+
+        def late(path: Path, kind: int) -> int:
+            held = lock(path, kind)
+            if not removed:
+                removed.append(path.rmdir())
+            return held
+
+        monkeypatch.setattr(jit, "lock", late)
+        jit.take(folder)
+        assert folder.is_dir()
+        with pytest.raises(BlockingIOError):
+            lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_what_is_not_certain_to_be_one_is_left(self, others, fresh_process, tmp_path, monkeypatch):
+        left = [
+            others(1, 99, name="kernels-mine"),
+            others(2, 99, name="peers-{:016x}"),
+            others(3, 99, mode=0o755),
+            others(4, 99),
+            others(5, 99),
+        ]
+        (left[3] / "kernels_1f" / "thesis.txt").write_text("precious")
+        (left[4] / "kernels_1f" / "link.nbc").symlink_to(tmp_path / "thesis.txt")
+        for folder in left[3:]:
+            os.utime(folder, (0, 0))
+        link, file = tmp_path / f"kernels-{6:016x}", tmp_path / f"kernels-{7:016x}"
+        link.symlink_to(others(8, 0, name="elsewhere"))
+        file.write_text("precious")
+        os.utime(file, (0, 0))
+        fresh_process()
+        assert all(path.exists() for path in [*left, link, file, link.resolve() / "kernels_1f" / "matmul.nbc"])
+
+    def test_another_owners_is_left(self, others, fresh_process, monkeypatch):
+        theirs = others(1, 99)
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+        jit.prune(theirs.parent)
+        assert theirs.exists()
+
+    def test_what_cannot_be_removed_is_no_failure(self, others, fresh_process, notes, monkeypatch):
+        def refuse(folder: Path) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        others(1, 99)
+        monkeypatch.setattr(jit.shutil, "rmtree", refuse)
+        assert fresh_process().is_dir()
+        assert notes() == []
+
+
 @pytest.mark.needs_jit
 class TestEntries:
     def test_a_kernel_is_compiled_once_and_then_read(self, fresh, notes):
@@ -268,3 +381,17 @@ def test_a_folder_that_cannot_be_made_costs_one_note(tmp_path):
     (tmp_path / "file").write_text("")
     (said,) = run(HOME=str(tmp_path / "file"))
     assert said.startswith(NOT_KEPT)
+
+
+@pytest.mark.needs_jit
+def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, **pipes) for _ in range(3)]
+    for child in children:
+        out, err = child.communicate(timeout=120)
+        assert (child.returncode, out) == (0, "[8 7]\n")
+        assert err.startswith(COMPILING)
+        assert err.count("\n") == 1
+    assert run(NUMBA_CACHE_DIR=str(tmp_path), HOME=str(tmp_path)) == []
+    assert {path.suffix for path in entries(tmp_path)} == {".nbc"}

@@ -18,6 +18,7 @@ from toyllm.kernels.routing import route, route_reference
 from toyllm.kernels.threads import thread_scratch
 
 TOLERANCE = 1e-6  # reached: 4e-7, against f64; the algorithms agree bit for bit
+COARSE = 1e-4  # with activations of 16 bits before MXFP4; reached: 4e-5
 LIMIT, ALPHA = 7.0, 1.702
 PLAIN = ("portable", "numpy")
 
@@ -308,8 +309,9 @@ def test_every_algorithm_equals_the_formula(rng, layer, error, kind, algorithm):
     w, gate_up, down = layer(kind)
     for T, k in [(1, 3), (1, 1), (7, 3), (20, 2)]:
         x, logits = inputs(rng, T)
-        found = mix(backend("auto", Mixing(algorithm)), x, logits, k, w)
-        assert error(found, reference(x, routed(logits, k), w, gate_up, down)) < TOLERANCE, (T, k)
+        expected = reference(x, routed(logits, k), w, gate_up, down)
+        assert error(mix(backend("auto", Mixing(algorithm), exact=True), x, logits, k, w), expected) < TOLERANCE, (T, k)
+        assert error(mix(backend("auto", Mixing(algorithm)), x, logits, k, w), expected) < COARSE, (T, k)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -352,7 +354,7 @@ def test_budget_mixes_what_was_kept_and_gives_nothing_to_the_others(rng, layer, 
     x, logits = inputs(rng, 24, 32, 3)
     logits[:, 0] += 3  # most tokens want the first expert
     mixing = Mixing("budget", 0.5)
-    found = mix(backend(name, mixing), x, logits, 1, w)
+    found = mix(backend(name, mixing, exact=True), x, logits, 1, w)
     choices, dropped = plain_budget(logits, 1, budget_for(24, 1, 3, 0.5))
     assert error(found, reference(x, choices, w, gate_up, down)) < TOLERANCE
     nobodys = np.setdiff1d(np.arange(24), list(choices))
@@ -413,7 +415,7 @@ def test_watching_shows_every_chosen_expert_and_changes_nothing(rng, layer, erro
         for n, t in enumerate(tokens):
             seen.setdefault((int(t), e), {})[part] = array[n].copy()
 
-    kernels = backend(name, Mixing(algorithm))
+    kernels = backend(name, Mixing(algorithm), exact=True)
     assert np.array_equal(mix(kernels, x, logits, 2, w, watch), mix(kernels, x, logits, 2, w))
     chosen = {(t, e) for t, experts in routed(logits, 2).items() for e in experts}
     assert seen.keys() == ({(t, e) for t in range(4) for e in range(3)} if algorithm == "all" else chosen)
@@ -436,7 +438,7 @@ def test_what_a_watcher_writes_is_what_the_experts_go_on_with(rng, layer, name, 
         else:
             array[tokens == 2, 5:] = 7
 
-    found = mix(backend(name, Mixing(algorithm)), x, logits, 2, w, watch)
+    found = mix(backend(name, Mixing(algorithm), exact=True), x, logits, 2, w, watch)
     expected = np.zeros((4, 32))
     for t, experts in routed(logits, 2).items():
         for e, weight in experts.items():

@@ -47,7 +47,7 @@ def means(model: str | Path) -> dict[str, Any]:
 
 def activations(model: str | Path, ids: list[int]) -> dict[str, np.ndarray]:
     """Every activation of a run."""
-    return record(toyllm.load(str(model)), ids, lambda _: True)[0]
+    return record(toyllm.load(str(model), exact=True), ids, lambda _: True)[0]
 
 
 def ids_for(model: str | Path, T: int = 9) -> list[int]:

@@ -229,7 +229,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 @pytest.fixture
 def oss(short: None) -> Bench:
-    model = toyllm.load("tales-gpt-oss", prefill_chunk=16)  # rings of 79 positions
+    model = toyllm.load("tales-gpt-oss", prefill_chunk=16)
     return bench.set_up(model, combine([64], [16], [0, 200], [1]), 264)
 
 
@@ -249,10 +249,11 @@ def test_a_depth_is_filled_once_and_built_upon(oss: Bench) -> None:
     assert filled(oss, 64) == []
 
 
-def test_a_ring_that_has_lost_what_a_depth_needs_is_filled_anew(oss: Bench) -> None:
+def test_a_test_steps_back_to_its_depth_and_what_windows_have_forgotten_is_filled_anew(oss: Bench) -> None:
     filled(oss, 200)
     bench.prefill(oss, 200, 264)
-    assert filled(oss, 200) == list(range(0, 200, 16))
+    assert filled(oss, 200) == []
+    assert filled(oss, 100) == list(range(0, 100, 16))
 
 
 def test_what_is_measured_is_the_models_own_forward(oss: Bench) -> None:

@@ -19,7 +19,7 @@ from toyllm.models.model import Model
 harmony_model = runpy.run_path(str(Path(__file__).parents[1] / "harmony_model.py"))
 Scripted, tokenizer = harmony_model["Scripted"], harmony_model["tokenizer"]()
 
-GREEDY = Settings(temperature=0, seed=0)
+GREEDY = Settings(temperature=0, seed=0, max_tokens=400)
 THOUGHT = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
 FOUR = f"{THOUGHT}<|channel|>final<|message|>4.<|return|>"
 FIVE = "<|channel|>final<|message|>5.<|return|>"
@@ -29,9 +29,9 @@ OPENING = (
 )
 
 
-def scripted(*answers: str, settings: Settings = GREEDY, **options: Any) -> Conversation:
+def scripted(*answers: str, settings: Settings = GREEDY, shifting: bool = False, keep: int | None = None, **options: Any) -> Conversation:
     model: Any = Scripted(*answers, **options)
-    return Conversation(model, settings)
+    return Conversation(model, settings, shifting=shifting, keep=keep)
 
 
 def said(events: list[Event]) -> list[tuple[str | None, str]]:
@@ -223,6 +223,88 @@ def test_a_text_that_is_no_unicode_is_refused_and_nothing_has_changed() -> None:
     assert text(list(conversation.ask("?"))) == "5."
 
 
+# A context that is full, and a conversation that goes on
+
+
+def test_a_conversation_without_room_drops_its_oldest_turns_whole_and_half_at_least() -> None:
+    answers = [f"<|channel|>final<|message|>{n}.<|return|>" for n in range(6)]
+    conversation = scripted(*answers, shifting=True, context=430)
+    opening = len(tokenizer.encode(OPENING))
+    kept = []
+    for n in range(6):
+        list(conversation.ask(f"{n}{'x' * 20}"))
+        kept.append([message.content for message in conversation.messages[1:]])
+        assert len(conversation.prompt) < 430
+        assert tokenizer.decode(conversation.prompt).startswith(OPENING)
+        if conversation.forgotten:
+            assert conversation.forgotten[0].role == "user"
+            assert conversation.forgotten[-1].role == "assistant"
+            turn = (430 - opening) // 4
+            assert len(conversation.prompt) - opening <= (430 - opening) // 2 + turn
+    said = [each for n in range(6) for each in (f"{n}{'x' * 20}", f"{n}.")]
+    assert kept == [said[:2], said[:4], said[:6], said[:8], said[6:10], said[6:]]
+
+
+def test_what_is_forgotten_is_told_and_is_nothing_where_there_was_room() -> None:
+    conversation = scripted(FIVE, FIVE, FIVE, shifting=True, context=360)
+    list(conversation.ask("y" * 60))
+    assert conversation.forgotten == []
+    list(conversation.ask("x" * 60))
+    assert conversation.forgotten == [Message("user", "y" * 60), Message("assistant", "5.", "final")]
+    list(conversation.ask("?"))
+    assert conversation.forgotten == []
+
+
+def test_a_question_that_fits_no_context_is_refused_and_nothing_has_changed() -> None:
+    conversation = scripted(FIVE, FIVE, shifting=True, context=250)
+    list(conversation.ask("?"))
+    before = list(conversation.messages)
+    with pytest.raises(
+        ToyllmError, match=r"\Athe conversation takes 321 tokens with this message, all else forgotten, and the context holds 250: "
+    ):
+        conversation.ask("x" * 100)
+    assert conversation.messages == before
+    assert text(list(conversation.ask("?"))) == "5."
+
+
+@pytest.mark.parametrize("keep", [None, 3])
+def test_an_answer_that_fills_the_context_goes_on_and_says_what_it_lost(keep: int | None) -> None:
+    conversation = scripted("<|channel|>final<|message|>" + "x" * 300 + "<|return|>", shifting=True, keep=keep, context=250)
+    events = list(conversation.ask("?"))
+    kept = len(tokenizer.encode(OPENING)) if keep is None else keep
+    assert conversation.keep == kept
+    assert text(events) == "x" * 300
+    shifts = [event.shift for event in events if event.shift]
+    half = (250 - kept) // 2
+    assert len(shifts) >= 2
+    assert {(s.context, s.kept, s.dropped, s.moved) for s in shifts} == {(250, kept, half, 250 - kept - half)}
+    result = events[-1].result
+    assert result
+    assert (result.finish_reason, result.context_shifts, result.dropped_tokens) == ("stop", len(shifts), len(shifts) * half)
+    assert [message.content for message in conversation.messages[1:]] == ["?", "x" * 300]
+
+
+def test_after_an_answer_longer_than_the_context_the_next_question_stands_alone() -> None:
+    conversation = scripted("<|channel|>final<|message|>" + "x" * 300 + "<|return|>", FIVE, shifting=True, context=250)
+    list(conversation.ask("?"))
+    assert text(list(conversation.ask("Well?"))) == "5."
+    assert [message.content for message in conversation.forgotten] == ["?", "x" * 300]
+    assert [message.content for message in conversation.messages[1:]] == ["Well?", "5."]
+
+
+def test_a_real_model_talks_on_and_on_in_a_small_context(folder: Path) -> None:
+    model = toyllm.load(str(folder), poison_cache=True)
+    conversation = Conversation(model, Settings(max_tokens=150, temperature=0.9, seed=5), context=300, shifting=True)
+    shifts, forgotten = 0, 0
+    for _ in range(5):
+        result = list(conversation.ask("Go on."))[-1].result
+        assert result
+        shifts, forgotten = shifts + (result.context_shifts or 0), forgotten + len(conversation.forgotten)
+        assert len(conversation.held.ids) <= 300
+    assert shifts > 2
+    assert forgotten > 2
+
+
 # Answers that are not taken to their end
 
 
@@ -306,7 +388,7 @@ def turns(model: Model, reuse: bool) -> tuple[list[Any], list[int]]:
     answers, reused = [], []
     for question in ("Hello", "<|end|> Who?", "👋"):
         if not reuse:
-            conversation._hold([])
+            conversation.held.step_back(0)
         events = list(conversation.ask(question))
         answers.append([event.token for event in events if event.token])
         assert events[-1].result
@@ -321,7 +403,8 @@ def test_a_cache_kept_between_turns_changes_no_bit(folder: Path, chunk: int) -> 
     answers, reused = turns(model, reuse=True)
     assert answers == expected
     assert fresh == [0, 0, 0]
-    assert reused[1] > 0 if chunk == 512 else reused == [0, 0, 0], "a ring of four and a window steps back by four at most"
+    assert reused[0] == 0
+    assert min(reused[1:]) > 150, "the prompt before, though an answer of 40 has left the window of 16 behind"
 
 
 @pytest.mark.parametrize("put", [0, 1, 9, 10])
@@ -340,7 +423,7 @@ def test_an_interrupt_inside_a_pass_changes_no_bit_of_what_follows(folder: Path,
     monkeypatch.setattr(CausalCache, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(first.ask("Hello"))
-    second.messages, second._turns = list(first.messages), 1
+    second.messages, second.turns = list(first.messages), 1
     answers = [[event.token for event in conversation.ask("Again") if event.token] for conversation in (first, second)]
     assert len(answers[0]) > 1
     assert answers[0] == answers[1]

@@ -165,8 +165,11 @@ DAMAGED = {
     "5,000 digits": (raw(b'{"w":' + b"9" * 5_000 + b"}"), "not valid JSON"),
     "4,000 digits in the shape": (raw(b'{"w":{"dtype":"F32","shape":[%b],"data_offsets":[0,8]}}' % (b"9" * 4_000), bytes(8)), SHAPE),
     "4,000 digits in the offsets": (raw(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,%b]}}' % (b"9" * 4_000)), OFFSETS),
-    "NaN": (raw(b'{"w":NaN}'), OFFSETS),
-    "NaN where no one looks": (raw(b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":NaN}}'), LIBRARY),
+    "NaN": (raw(b'{"w":NaN}'), "not valid JSON ('w': NaN, which JSON does not have)"),
+    "NaN where no one looks": (
+        raw(b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":NaN}}'),
+        "'x': NaN, which JSON does not have",
+    ),
     "duplicate name, same range": (raw(SAME, bytes(8)), "'w' occurs twice"),
     "duplicate name, other range": (raw(TWO, bytes(16)), "'w' occurs twice"),
     "duplicate metadata": (raw(b'{"__metadata__":{"a":"1","a":"2"}}'), "'a' occurs twice"),
@@ -186,6 +189,7 @@ DAMAGED = {
     "shape overflows": (raw({"w": entry(shape=(2**63, 2), end=0)}), SHAPE),
     "shape overflows to the right size": (raw({"w": entry(shape=(2**62 + 1, 4), end=16)}, bytes(16)), SHAPE),
     "shape overflows beside a 0": (raw({"w": entry(shape=(0, 2**62), end=0)}), SHAPE),
+    "empty, of 2^40 rows": (raw({"w": entry(shape=(2**40, 0), end=0)}), "shape [1099511627776, 0] holds nothing, in more places"),
     "rank 65": (raw({"w": entry(shape=(1,) * 65, end=4)}, bytes(4)), SHAPE),
     "overlap": (raw({"v": entry(), "w": entry(begin=4, end=12)}, bytes(12)), "'w' begins at byte 135, expected 139"),
     "hole": (raw({"v": entry(), "w": entry(begin=12, end=20)}, bytes(20)), "'w' begins at byte 144, expected 140"),
@@ -197,7 +201,8 @@ DAMAGED = {
     "size against shape, dtype not read": (raw({"w": entry("F8_E4M3", (3,))}, bytes(8)), LIBRARY),
     "unknown dtype": (raw({"w": entry("F33")}, bytes(8)), "unknown variant `F33`"),
     "escape sequence in a name": (raw({"\x1b]0;x\x07\nw": entry(end=9)}, bytes(9)), r"'\x1b]0;x\x07\nw'"),
-    "very long name": (raw({"w" * 100_000: entry(end=9)}, bytes(9)), "www...www"),
+    "very long name": (raw({"w" * 100_000: entry()}, bytes(8)), "www...www"),
+    "name of 1,001": (raw({"w" * 1001: entry()}, bytes(8)), "a name of 1,001 characters, at most 1,000 are read"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(80), "a GGUF file"),
     "zip": (b"PK\3\4" + bytes(80), "a zip archive as torch.save writes it"),
@@ -327,6 +332,20 @@ def test_links_into_the_hugging_face_cache_are_followed_and_no_others(sharded, t
         open_index(snapshot)
 
 
+def test_a_link_into_the_blobs_of_another_model_is_refused(sharded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hub" / "models--owner--other" / "blobs"
+    other.mkdir(parents=True)
+    (sharded / SHARD).rename(other / "0")
+    (sharded / SHARD).symlink_to(other / "0")
+    with pytest.raises(ToyllmError, match="a link out of the model's folder"):
+        open_index(sharded)
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "0"
+    snapshot.parent.mkdir(parents=True)
+    sharded.rename(snapshot)
+    with pytest.raises(ToyllmError, match="a link out of the model's folder"):
+        open_index(snapshot)
+
+
 def test_a_shard_may_be_a_link_to_a_file_that_the_whole_cache_shares(tmp_path: Path, sharded: Path) -> None:
     hub = tmp_path / "hub"
     snapshot = hub / "models--a--b" / "snapshots" / ("0" * 40)
@@ -375,6 +394,7 @@ BAD_INDEX = {
     "lone surrogate": (lambda f: write_index(f, {"a": "\ud800"}), "is no name of a file in this folder"),
     "no shard name": (lambda f: write_index(f, {"a": ""}), "is no name of a file in this folder"),
     "shard name too long": (lambda f: write_index(f, {"a": "x" * 300}), "cannot be read (File name too long)"),
+    "shard name of thousands": (lambda f: write_index(f, {"a": "a/" * 3000}), "is no name of a file in this folder"),
     "shard a folder": (lambda f: write_index(f, {"a": "more"}), "more: a folder, where a file is expected"),
     "link out": (link_out, "a link out of the model's folder"),
     "link cycle": (link_cycle, "cannot be read (Too many levels of symbolic links)"),

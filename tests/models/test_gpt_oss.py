@@ -132,6 +132,21 @@ def test_a_null_scaling_is_the_plain_rope_and_silence_is_yarn(read: Callable) ->
     np.testing.assert_allclose(cos[0], np.cos(150000.0 ** (-np.arange(32) / 32)), atol=1e-6)
 
 
+def test_rope_settings_mean_what_they_do_to_transformers_where_they_are_silent(read: Callable) -> None:
+    published = PUBLISHED["rope_scaling"]
+    assert read(PUBLISHED).rope_truncate is False
+    assert read(PUBLISHED | {"rope_scaling": {key: published[key] for key in published if key != "truncate"}}).rope_truncate
+    assert read(PUBLISHED | {"rope_scaling": {}}).rope_type == "default"
+    assert not read(ORIGINAL).rope_truncate
+
+
+@pytest.mark.parametrize("settings", [{"attention_factor": 1.3465735902799727}, {"attention_factor": None}, {"mscale": 0.707}])
+def test_a_factor_on_the_rope_that_is_yarns_own_is_run(read: Callable, settings: dict[str, Any]) -> None:
+    np.testing.assert_array_equal(
+        gpt_oss.rotations(read(PUBLISHED | scaling(**settings)), np.array([5])), gpt_oss.rotations(read(PUBLISHED), np.array([5]))
+    )
+
+
 def test_the_files_rope_is_the_published_one(read: Callable) -> None:
     cos, sin = gpt_oss.rotations(read(PUBLISHED), np.array([0, 1]))
     np.testing.assert_allclose(cos[0], 1.3465735902799727, rtol=1e-7)
@@ -169,7 +184,7 @@ WRONG = [
     ({"sliding_window": 0}, "sliding_window: expected an integer from 1 to 2147483647, found 0"),
     ({"rms_norm_eps": 0}, "rms_norm_eps: expected a number above 0, found 0.0"),
     ({"rope_theta": 1}, "rope_theta: expected a number above 1, found 1"),
-    ({"rope_theta": float("nan")}, "rope_theta: expected a finite number, found NaN"),
+    ({"rope_theta": float("nan")}, "not valid JSON ('rope_theta': NaN, which JSON does not have); download it again"),
     ({"hidden_size": True}, "hidden_size: expected an integer, found true"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false, found 1"),
     (scaling(rope_type="llama3"), "rope_type: expected yarn or default, found 'llama3'"),
@@ -177,7 +192,10 @@ WRONG = [
     (scaling(type="linear"), "rope_type: expected yarn or default, found 'linear'"),
     (scaling(factor=0.5), "rope_factor: expected 1 to 2147483647, found 0.5"),
     (scaling(factor=1e308), "rope_factor: expected 1 to 2147483647, found 1e+308"),
-    (scaling(factor=float("inf")), "rope_factor: expected a finite number, found Infinity"),
+    (scaling(factor=float("inf")), "not valid JSON ('factor': Infinity, which JSON does not have); download it again"),
+    (scaling(attention_factor=1.0), "rope_attention_factor: expected YaRN's own for this rope_factor, 1.34657, found 1"),
+    (scaling(mscale=1.0, mscale_all_dim=1.0), "rope_attention_factor: expected YaRN's own for this rope_factor, 1.34657, found 1"),
+    (scaling(mscale=-1.0), "rope_mscale: expected a number above 0, found -1.0"),
     (scaling(truncate="no"), 'rope_truncate: expected true or false, found "no"'),
     ({"rope_scaling": "dynamic"}, "rope_type: expected yarn or default, found 'dynamic'"),
     ({"rope_scaling": [32]}, "rope_type: expected a string, found [32]"),

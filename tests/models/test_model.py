@@ -128,6 +128,13 @@ def test_buffers_grow_with_the_first_long_prompt_and_stay(model: Model) -> None:
         ([[1]], [[0]], [[0]], r"found shapes \[1, 1\]"),
         ([V], [0], [0], rf"token id {V} \(number 1 of 1\): expected 0 to {V - 1}"),
         ([1, -1], [0, 1], [0, 0], r"token id -1 \(number 2 of 2\)"),
+        ([1.7], [0], [0], "tokens: expected integers of 64 bits, found float64"),
+        ([2**64], [0], [0], "tokens: expected integers of 64 bits, found object"),
+        ([2**63], [0], [0], "token id -"),
+        ([True], [0], [0], "tokens: expected integers of 64 bits, found bool"),
+        (["1"], [0], [0], "tokens: expected integers of 64 bits, found <U1"),
+        ([1], [0.0], [0], "positions: expected integers"),
+        ([1], [0], [np.nan], "sequences: expected integers"),
         ([1], [P], [0], f"positions: expected 0 to {P - 1}, found {P} to {P}"),
         ([1], [-1], [0], f"positions: expected 0 to {P - 1}, found -1 to -1"),
         ([1, 2], [0, 2], [0, 0], "sequence 0: expected positions from 0 on"),
@@ -147,7 +154,7 @@ def test_a_batch_that_does_not_fit_is_one_line_and_changes_nothing(
 def test_a_full_cache_refuses_and_goes_on_as_if_never_asked(model: Model) -> None:
     cache = model.new_cache(3)
     model.forward(IDS[:2], [0, 1], [0, 0], cache)
-    with pytest.raises(CacheFull, match="4 positions do not fit a KV cache of 3"):
+    with pytest.raises(CacheFull, match="the KV cache is full: 2 more positions, 1 of 3 cells are free"):
         model.forward(IDS[2:4], [2, 3], [0, 0], cache)
     assert cache.length() == 2
     np.testing.assert_array_equal(model.forward(IDS[2:3], [2], [0], cache)[0], alone(model, IDS[:3])[2])

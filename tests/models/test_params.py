@@ -127,7 +127,7 @@ def test_a_plan_has_the_weights_and_the_cache_of_each_layer(of_20b: Anatomy) -> 
     rows = memory.memory_rows(memory.plan(of_20b, whole(of_20b), run))
     assert [part for part, _, _ in rows] == ["input", *(f"layer {i}" for i in range(24)), "head", "buffers", "engine"]
     assert {status for _, _, status in rows} == {memory.PLANNED}
-    assert [rows[1 + i][1]["cache"] for i in (0, 1)] == [2048 * (128 + 511), 2048 * 8192]
+    assert [rows[1 + i][1]["cache"] for i in (0, 1)] == [2048 * (128 + 512), 2048 * 8192]
     pieces = memory.plan(of_20b, whole(of_20b), run)
     assert memory.total(pieces, "cache") == of_20b.family.cache_bytes(of_20b.config, 8192, 512, "bf16")
     assert memory.total(pieces, "weights") == 13_761_264_768

@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_rounded_weights_bit_for_bit(case: str) -> None:
 def test_every_backend_agrees(case: str, backend: str) -> None:
     expected = load(case).logits(IDS)
     found = load(case, backend=backend).logits(IDS)
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 5e-4 * np.abs(expected).max(), "activations of 16 bits before MXFP4"
 
 
 @pytest.mark.parametrize("name", ["tales-gpt2", "tales-gpt-oss"])

@@ -1,0 +1,149 @@
+"""What the KV cache of one sequence holds: its ids beside it, stepping back to what a prompt begins with, and room in a full one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.errors import ToyllmError
+from . import cache as caches
+
+if TYPE_CHECKING:
+    from .model import Model
+
+State = tuple[np.ndarray, np.ndarray, np.ndarray]  # positions int64 [n]; keys and values [L, G, n, W] as they are stored
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What became of a full context: the first `kept` tokens stayed, the `dropped` behind them went, the `moved` last took their place."""
+
+    context: int
+    kept: int
+    dropped: int
+    moved: int
+
+
+class Held:
+    """A KV cache of one sequence, and the ids whose keys and values it holds, from position 0 on.
+
+    `ids` counts only what is stored whole: after an interrupt inside a pass the cache may have taken cells for more, which the next
+    `step_back` gives back.
+    """
+
+    def __init__(self, model: "Model", room: int) -> None:
+        """Begin with an empty cache of `room` positions. Raises OutOfMemory."""
+        self.model, self.room = model, room
+        self.cache: Any = model.new_cache(room)
+        self.ids: list[int] = []
+        self.next: int | None = None  # the token of the text that is not read yet, if there is one
+        self.passes = 0  # how often something was read
+        self._mark: tuple[int, list[State | None]] | None = None
+
+    def read(self, tokens: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Run the tokens behind what is held; f32 logits [1, V] of the last. Raises as `Model.forward`."""
+        at = np.arange(len(self.ids), len(self.ids) + len(tokens))
+        logits = self.model.forward(tokens, at, np.zeros(len(at), np.int64), self.cache, out=out)
+        self.ids += tokens
+        self.next, self.passes = None, self.passes + 1
+        return logits
+
+    @property
+    def text(self) -> list[int]:
+        """What is held, and the token behind it that is not read yet."""
+        return self.ids if self.next is None else [*self.ids, self.next]
+
+    def resume(self, prompt: Sequence[int]) -> int:
+        """Step back to what the prompt begins with, and say how many ids that is; one at least is left to read, for its logits."""
+        return self.step_back(min(common_prefix(self.ids, prompt), len(prompt) - 1))
+
+    def step_back(self, length: int) -> int:
+        """Forget all but the first `length` ids, and say how many are left: where the cache could not go on there, those up to the mark.
+
+        One id can always be taken back; more only as far as the windows reach, or to the mark, or to nothing.
+        """
+        ids, self.ids, self.next = self.ids, [], None  # an interrupt in here leaves nothing to rely on
+        mark, self._mark = self._mark, None
+        if not self.cache.can_resume(0, length):
+            length = mark[0] if mark and mark[0] <= length else 0
+            if mark and length:
+                for member, state in zip(members(self.cache), mark[1], strict=True):
+                    if state:
+                        member.remove(0, 0)
+                        member.restore(0, *state)
+        self.cache.remove(0, length)
+        self._mark = mark if mark and mark[0] <= length else None
+        self.ids = ids[:length]
+        return length
+
+    def mark(self) -> None:
+        """Remember this place: `step_back` finds it however far the windows have moved on.
+
+        Costs a copy of the windows: of gpt-oss-20b 6.3 MB in f32 (12 layers, 128 positions of 4,096 bytes); nothing without windows.
+        """
+        states = [window_state(member) if windowed(member) else None for member in members(self.cache)]
+        self._mark = len(self.ids), states
+
+    def shift(self, keep: int) -> list[int]:
+        """Make room in a full context: forget half of what follows the first `keep` ids, and say which ids those were.
+
+        The rest moves to the positions behind the first. With a rotary embedding its keys are rotated there; they and the values are
+        still those of tokens that had read what is forgotten. Without, or where a window would need what it has forgotten, all that is
+        kept is read anew. At least two ids follow the first `keep`.
+        """
+        ids, self.ids, self._mark = self.ids, [], None
+        end = keep + (len(ids) - keep) // 2
+        rest = ids[:keep] + ids[end:]
+        if self._closed_up(keep, end, len(rest)):
+            self.ids = rest
+        else:
+            self.cache.remove(0, 0)
+            coming, self.next = self.next, None
+            self.read(rest, np.empty((0, self.model.vocab_size), np.float32))  # nobody asks for logits
+            self.next = coming
+        return ids[keep:end]
+
+    def _closed_up(self, begin: int, end: int, length: int) -> bool:
+        """Take positions begin to end out of the cache; whether it can go on at `length` then."""
+        try:
+            self.cache.remove(0, begin, end)
+        except caches.NotSupported:
+            return False
+        return self.cache.can_resume(0, length)
+
+    def states(self) -> list[State]:
+        """What is held, for each member of the cache: of a window only what it still reaches. Copies."""
+        self.cache.remove(0, len(self.ids))
+        return [window_state(member) if windowed(member) else member.state(0) for member in members(self.cache)]
+
+    def restore(self, ids: Sequence[int], states: Sequence[State]) -> None:
+        """Hold this text instead, with what `states` gave for it. Raises ToyllmError where that does not fit this cache."""
+        n = int(states[0][0][-1]) + 1 if len(states[0][0]) else 0
+        if n > self.room:
+            raise ToyllmError(f"the session holds {n} tokens, and the context {self.room}: raise --context")
+        self.step_back(0)
+        for member, state in zip(members(self.cache), states, strict=True):
+            member.restore(0, *state)
+        self.ids, self.next = list(ids[:n]), ids[n] if len(ids) > n else None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def members(cache: Any) -> tuple[Any, ...]:
+    """The caches that one for several kinds of layers is made of; of any other, the cache itself."""
+    return getattr(cache, "caches", (cache,))
+
+
+def windowed(cache: Any) -> bool:
+    """Whether a cache forgets what has left a window."""
+    return isinstance(cache, caches.SlidingWindowCache)
+
+
+def window_state(cache: Any) -> State:
+    """What the last position of a windowed cache sees, and so all that the next one does."""
+    positions, keys, values = cache.state(0)
+    return positions[-cache.window :].copy(), keys[:, :, -cache.window :].copy(), values[:, :, -cache.window :].copy()

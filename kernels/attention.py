@@ -27,7 +27,7 @@ import numpy as np
 from numba import prange
 
 from .cells import DTYPES, I8, load, width
-from .checks import check_array
+from .checks import check_array, check_number
 from .elementary import exp, scale_at, value
 from .errors import ToyllmError
 from .host import supports
@@ -302,6 +302,7 @@ def attention(
     arrays, on cells outside the cache, and on a query that sees nothing.
     """
     T, H, Dh = check_array("q", q, (None, None, None))
+    check_number("scale", scale)
     in_8_bits = isinstance(keys, np.ndarray) and keys.dtype == I8
     W = width(Dh, "q8" if in_8_bits else "f32")
     G, C, _ = check_array("keys", keys, (None, None, W), tuple(DTYPES.values()))

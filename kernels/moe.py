@@ -151,7 +151,7 @@ def assigned(
     out: np.ndarray,
     watch: Watch | None = None,
 ) -> None:
-    """out f32 [T, D] = the weighted sum of each token's experts, expert by expert; `product` computes x · wᵀ + bias.
+    """out f32 [T, D] = the weighted sum of each token's experts, expert by expert; `product` computes x · wᵀ + bias. Unchecked.
 
     `watch(e, tokens, part, array)` is shown what is inside each expert before it is used, and may write there: "gate_up" f32 [n, 2F]
     before the clamp, then "hidden" f32 [n, F].
@@ -266,7 +266,7 @@ def mix(mixing, matmul, matmul_mxfp4, single, x, logits, experts, weights, w, ou
     """out f32 [T, D] = the weighted sum of each token's experts, int64 [T, k] and f32 [T, k] by descending router logit, f32 [T, E].
 
     `matmul`, `matmul_mxfp4` and `single`, which may be None, are a backend's. `scratch` is h, z, halves and panels, as of `single`;
-    `watch` as of `assigned`.
+    `watch` as of `assigned`. Unchecked.
     """
     E, k = logits.shape[1], experts.shape[1]
     panels = scratch[-1]

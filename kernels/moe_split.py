@@ -47,7 +47,7 @@ def _down(records, lift, blocks, scales, bias, experts, weights, out, panels):
 
 
 def single_split(x: np.ndarray, experts: np.ndarray, weights: np.ndarray, w: Experts, scratch: Scratch, out: np.ndarray) -> None:
-    """As `moe.single`, with activations in 16 bits; of the scratch it does not need halves."""
+    """As `moe.single`, with activations in 16 bits; of the scratch it does not need halves. Unchecked."""
     h, z, _, panels = scratch
     order = experts.argsort()
     experts, weights = experts[order], weights[order]

@@ -12,7 +12,7 @@ Cost: 3 (RMSNorm 2) reads and a write of T·D.
 import numpy as np
 from numba import prange
 
-from .checks import check_array
+from .checks import check_array, check_number
 from .jit import inline, kernel
 from .simd.sums import squares, total
 
@@ -82,6 +82,7 @@ def rms_norm_kernel(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.n
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
     """RMSNorm of each row of x f32 [T, D] with weight f32 [D]; a new f32 [T, D]. Raises ToyllmError on other arrays."""
     T, D = check_array("x", x, (None, None))
+    check_number("epsilon", epsilon)
     check_array("weight", weight, (D,))
     out = np.empty((T, D), np.float32)
     if T:
@@ -97,6 +98,7 @@ def layer_norm_kernel(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsil
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
     """LayerNorm of each row of x f32 [T, D] with weight and bias f32 [D]; a new f32 [T, D]. Raises ToyllmError on other arrays."""
     T, D = check_array("x", x, (None, None))
+    check_number("epsilon", epsilon)
     check_array("weight", weight, (D,))
     check_array("bias", bias, (D,))
     out = np.empty((T, D), np.float32)

@@ -36,7 +36,7 @@ strip_tokens, strip_one, lay = pairs_tile(VECTORS, TOKENS), pairs_tile(VECTORS, 
 
 
 def round_rows(x: np.ndarray, width: int) -> np.ndarray:
-    """x f32 [M, K] rounded to bf16, as u16 [M, width], filled up with 0."""
+    """x f32 [M, K] rounded to bf16, as u16 [M, width], filled up with 0. Unchecked."""
     out = np.empty((len(x), width), np.uint16)
     out[:, x.shape[1] :] = 0
     _round_rows(x, out)

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from .checks import check_array
+from .checks import check_array, check_number
 from .elementary import exp
 from .errors import ToyllmError
 from .jit import inline, kernel
@@ -118,6 +118,9 @@ def sample(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float 
     that hold NaN or +infinity or nothing above −infinity.
     """
     (V,) = check_array("logits", logits, (None,))
+    check_number("top_k", top_k, whole=True)
+    for name, number in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p), ("u", u)):
+        check_number(name, number)
     if not (temperature > 0 and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1 and 0 <= u < 1):
         found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, u {u}"
         raise ToyllmError(f"sample: {found}: expected > 0, >= 0, [0, 1], [0, 1], [0, 1)")
@@ -160,8 +163,12 @@ def _largest(logits, n, ids):
 
 
 def largest(logits: np.ndarray, n: int) -> np.ndarray:
-    """Ids of the n largest of logits f32 [V], largest first, ties to the lower id; int64 [min(n, V)]. Cost: V + V · n at worst."""
+    """Ids of the n largest of logits f32 [V], largest first, ties to the lower id; int64 [min(n, V)]. Cost: V + V · n at worst.
+
+    Raises ToyllmError on other arrays and numbers.
+    """
     (V,) = check_array("logits", logits, (None,))
+    check_number("n", n, whole=True)
     ids = np.empty(max(0, min(n, V)), np.int64)
     if len(ids):
         _largest(logits, len(ids), ids)

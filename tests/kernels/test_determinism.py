@@ -87,7 +87,9 @@ def digests() -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_what_compiles_and_what_loads_give_the_same_bits(tmp_path):
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    said = [subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    said = [
+        subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
     compiled, loaded = map(json.loads, said)
     assert compiled.keys() == {kind.__name__ for kind in KINDS}
     assert loaded == compiled

@@ -249,7 +249,7 @@ def load(
 
     The weights stay in the memory map; with `weights` "q8" the dense ones are copied in 8 bits, and the copies used. `backend` is one of
     kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the physical cores), `prefill_chunk` the most tokens a
-    pass, `cache_dtype` how keys and values are kept (one of kernels.cells.DTYPES); `poison_cache` fills the KV cache with NaN; `moe` is one of
+    pass, `cache_dtype` how keys and values are kept ("f32", "bf16" or "q8"); `poison_cache` fills the KV cache with NaN; `moe` is one of
     kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. Activations before MXFP4 weights are held in 16 bits where the
     processor gains by it, and with `activations` "bf16" those of products of many rows in 8; `exact` forbids both, and copies.
     `attention` is one of kernels.backends.ATTENTION: "plain" computes it unfused, to check. `preload` is called with the files when all

@@ -4,6 +4,7 @@ Two readers must agree on every file: the one here, which says where a header an
 and the safetensors library's, so that nothing is accepted that the library refuses.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -181,6 +182,11 @@ def map_file(path: Path) -> tuple[mmap.mmap, list[Tensor]]:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ToyllmError(f"{path}: refused by the safetensors library: {brief(reason)}; download it again") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            from .preload import address_space
+
+            figures = f"{path.stat().st_size / 1e9:.2f} GB to map, {(address_space() or 0) / 1e9:.2f} GB of address space left"
+            raise ToyllmError(f"{path}: {figures}; raise the limit (ulimit -v)") from error
         raise unreadable(path, error) from error
     return mapped, tensors
 

@@ -135,6 +135,7 @@ def made_with(model: "Model") -> dict[str, str]:
         "cache-dtype": model.cache_dtype,
         "weights": model.kernels.weights,
         "activations": model.kernels.activations,
+        "exact": "yes" if model.kernels.exact else "no",
         "moe": f"budget, --tokens-per-expert-ratio {mixing.ratio}" if mixing.algorithm == "budget" else "auto",
     }
 

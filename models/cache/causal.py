@@ -219,13 +219,12 @@ class CausalCache:
         behind, onto, _ = self._cells.close_up(sequence, begin, end)
         keys = self._shifted(sequence, behind, begin - end) if len(behind) else []
 
-        def commit() -> None:
+        def move() -> None:
             for layer, rows in enumerate(keys):
                 self._keys[layer][:, onto] = rows
                 self._values[layer][:, onto] = self._values[layer][:, behind]
-            self._cells.cut(sequence, begin, end)
 
-        return commit
+        return lambda: self._cells.cut(sequence, begin, end, move)
 
     def _shifted(self, sequence: int, cells: np.ndarray, offset: int) -> list[np.ndarray]:
         """The keys of these cells, moved by `offset` positions, as stored [G, n, W], a layer each."""
@@ -268,12 +267,11 @@ class CausalCache:
                 raise ToyllmError(f"{name}: expected {self._keys.dtype} {[L, G, len(positions), W]}, found {found}")
         self._cells.check_fill(sequence, len(positions))
 
-        def commit() -> None:
-            cells = self._cells.fill(sequence, positions)
+        def fill(cells: np.ndarray) -> None:
             self._keys[:, :, cells], self._values[:, :, cells] = keys, values
             self._used = True
 
-        return commit
+        return lambda: self._cells.fill(sequence, positions, fill)
 
     # ---- what attention reads -----------------------------------------------------------------------------------------------
 

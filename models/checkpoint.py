@@ -95,6 +95,13 @@ class Checkpoint:
             raise ToyllmError(f"{tensor.path}: changed while open: tensor {brief(name)} ends at byte {end:,}, the file now at {size:,}")
         return np.ndarray(tensor.shape, dtype, buffer=mapped, offset=tensor.offset)
 
+    def check_whole(self) -> None:
+        """Raise ToyllmError where a file has shrunk since it was opened. Costs a question to the system a file."""
+        for path, mapped in self.maps.items():
+            size = mapped.size()
+            if size < len(mapped):
+                raise ToyllmError(f"{path}: changed while open: it had {len(mapped):,} bytes, and has {size:,} now; download it again")
+
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
     """Map a model's weights: the single file, or every shard that its index names. Nothing but headers is read.

@@ -154,6 +154,7 @@ class Model:
         named = {"tokens": tokens, "positions": positions, "sequences": sequences}
         tokens, positions, sequences = (integers(name, array) for name, array in named.items())
         self._check_batch(tokens, positions, sequences)
+        self.checkpoint.check_whole()
         check_follows(cache, positions, sequences)
         T = len(tokens)
         if self.prefill_chunk < T:

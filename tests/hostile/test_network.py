@@ -1,5 +1,6 @@
 """Nothing but `pull` opens a connection, nothing pickled is opened, and no code or template of a checkpoint is run."""
 
+import ast
 import json
 import os
 import pickle
@@ -189,6 +190,18 @@ def test_no_module_or_template_of_a_checkpoint_is_run(tmp_path: Path, harmony: P
         assert run("chat", "-m", model, *FEW, stdin=b"Hello\n", command=command, cwd=cwd).code == 0
         assert run("params", "-m", model, command=command, cwd=cwd).code == 0
     assert not mark.exists()
+
+
+def test_a_models_name_is_no_code_in_the_script_that_emit_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = '"""; mark = 1 #\n\\"""\nmark = 2\n"""'
+    scripts = []
+    for folder in (tmp_path / name, tmp_path / "plain"):
+        shutil.copytree(embedded()["tales-gpt2"], folder)
+        assert main.run(["card", "-m", str(folder), "--emit", "numpy"]) == 0
+        tree = ast.parse(capfd.readouterr().out)
+        assert "in plain NumPy" in (ast.get_docstring(tree) or "")
+        scripts.append(ast.dump(ast.Module(tree.body[1:], [])))
+    assert scripts[0] == scripts[1]
 
 
 def test_only_the_compilers_door_reads_pickles_and_nothing_evaluates_text() -> None:

@@ -194,11 +194,13 @@ class Model:
             raise ToyllmError(f"ids: expected 1 to {self.config.context}, found {T}")
         return self.forward(ids, np.arange(T), np.zeros(T, np.int64), self.new_cache(T), all_logits=True)
 
-    def generate(self, prompt: str | Sequence[int], settings: "Settings | None" = None, context: int | None = None) -> "Iterator[Event]":
-        """Continue a text or token ids; see `generation.generate`."""
+    def generate(
+        self, prompt: str | Sequence[int], settings: "Settings | None" = None, context: int | None = None, keep: int | None = None
+    ) -> "Iterator[Event]":
+        """Continue a text or token ids; where the context is full, behind its first `keep` tokens. See `generation.generate`."""
         from .generation import Settings, encode_prompt, generate
 
-        return generate(self, encode_prompt(self, prompt), settings or Settings(), context)
+        return generate(self, encode_prompt(self, prompt), settings or Settings(), context, keep=keep)
 
 
 def check_follows(cache: Any, positions: np.ndarray, sequences: np.ndarray) -> None:

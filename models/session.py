@@ -77,7 +77,7 @@ class SessionFile:
             raise ToyllmError(f"{self.path}: another program has written it since this one read it; give another --session")
         arrays = {"ids": np.array(held.text, np.int64)}
         for i, state in enumerate(held.states()):
-            arrays |= {f"{i}.{part}": array for part, array in zip(PARTS, state, strict=True)}
+            arrays |= {f"{i}.{part}": np.ascontiguousarray(array) for part, array in zip(PARTS, state, strict=True)}
         metadata = {"format": FORMAT, "model": self._fingerprint, "name": self._model.files.name, "made_with": json.dumps(self._made_with)}
         if talk:
             metadata["talk"] = json.dumps(asdict(talk))

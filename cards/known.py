@@ -42,7 +42,7 @@ def known(text: str, values: Mapping[str, HyperValue | None]) -> HyperValue | No
     tokens = TOKEN.findall(text)[::-1]
     try:
         value = level(tokens, values, 0)
-    except (Unknown, IndexError, TypeError, ZeroDivisionError):
+    except (Unknown, IndexError, TypeError, ValueError, ArithmeticError, RecursionError):
         return None
     return value if not tokens else None
 
@@ -64,7 +64,8 @@ def level(tokens: list[str], values: Mapping[str, HyperValue | None], at: int) -
     while tokens and tokens[-1] in LEVELS[at]:
         sign = tokens.pop()
         right = level(tokens, values, at + 1)
-        left = LEVELS[at][sign](truth(left), truth(right)) if at < NOT else LEVELS[at][sign](left, right)
+        operand = truth if at < NOT else number if at > NOT else same
+        left = LEVELS[at][sign](operand(left), operand(right))
         if at == NOT:
             break
     return left
@@ -74,6 +75,18 @@ def truth(value: Any) -> bool:
     """A truth value. Raises Unknown for another one."""
     if not isinstance(value, bool):
         raise Unknown
+    return value
+
+
+def number(value: Any) -> Any:
+    """A number, or a truth value as one. Raises Unknown for a text, of which Python would make a longer one."""
+    if not isinstance(value, int | float):
+        raise Unknown
+    return value
+
+
+def same(value: Any) -> Any:
+    """Anything can be compared."""
     return value
 
 
@@ -88,8 +101,8 @@ def factor(tokens: list[str], values: Mapping[str, HyperValue | None]) -> Any:
             raise Unknown
         return value
     if sign[0].isdecimal():
-        number = int(sign) if sign.isdecimal() else float(sign)
-        return number * factor(tokens, values) if tokens and re.fullmatch(WORD, tokens[-1]) and tokens[-1] != "mod" else number
+        count = int(sign) if sign.isdecimal() else float(sign)
+        return count * number(factor(tokens, values)) if tokens and re.fullmatch(WORD, tokens[-1]) and tokens[-1] != "mod" else count
     if sign.startswith('"'):
         return json.loads(sign)
     value = CONSTANTS.get(sign, values.get(sign))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .structure import NOWHERE, CardError, Place
-from .text import error_at, is_sequence, split_top
+from .text import DIGITS, error_at, is_sequence, split_top
 
 if TYPE_CHECKING:
     from lark import Lark
@@ -261,7 +261,9 @@ def call(parts: list[Any], at: int) -> Call:
 
 
 def number(text: str, at: int) -> Literal:
-    """A number: an integer, where it is written like one."""
+    """A number: an integer, where it is written like one. Raises Misread for one of more digits than any that is meant."""
+    if len(text) > DIGITS:
+        raise Misread(at, f"a number of {len(text)} digits; at most {DIGITS}")
     return Literal(int(text) if text.isdecimal() else float(text), at=at)
 
 

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..kernels.errors import ToyllmError
-from .structure import KINDS, Card, CardError, Declaration, Hyper, HyperValue, Step, value_text
+from ..models.json_files import brief
+from .structure import KINDS, LONGEST, Card, CardError, Declaration, Hyper, HyperValue, Step, value_text
 from .text import parse, render
 
 # ---- JSON -------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def from_json(document: Any, where: str = "card") -> Card:
         card = parse(render(made), where)
     except CardError as error:
         raise ToyllmError(f"{where}: it is no card: as text, {str(error).removeprefix(f'{where}:')}") from None
-    if card != made:
+    if to_json(card) != to_json(made):  # and not the cards: NaN is no other NaN
         raise ToyllmError(f"{where}: {difference(to_json(made), to_json(card))}; write it as `toyllm card --format json` does")
     return card
 
@@ -98,13 +99,13 @@ def difference(a: Any, b: Any, path: str = "") -> str:
         return next(difference(a[key], b[key], f"{path}.{key}".lstrip(".")) for key in a if a[key] != b.get(key))
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return next(difference(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-    return f"{path}: expected {b!r}, found {a!r}"
+    return f"{path}: expected {brief(b)}, found {brief(a)}"
 
 
 def entries(document: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
     """The entries of an object, these and no others. Raises ToyllmError."""
     if not isinstance(document, dict) or set(document) != set(keys):
-        found = ", ".join(map(str, document)) if isinstance(document, dict) else type(document).__name__
+        found = ", ".join(map(str, document))[:LONGEST] if isinstance(document, dict) else type(document).__name__
         raise ToyllmError(f"{where}: expected an object with {', '.join(keys)}, found {found or 'an empty one'}")
     return document
 
@@ -147,9 +148,9 @@ def read_step(document: Any, where: str) -> Step:
     fields = entries(document, where, tuple(step_json(Step(""))))
     kind, depth = text(fields, "kind", where), fields["depth"]
     if kind not in KINDS:
-        raise ToyllmError(f"{where}.kind: expected {', '.join(KINDS)}, found {kind!r}")
+        raise ToyllmError(f"{where}.kind: expected {', '.join(KINDS)}, found {brief(kind)}")
     if type(depth) is not int or not 0 <= depth <= 1000:
-        raise ToyllmError(f"{where}.depth: expected an integer of 0 or more, found {depth!r}")
+        raise ToyllmError(f"{where}.depth: expected an integer of 0 or more, found {brief(depth)}")
     variables, shapes, taps = (texts(fields, key, where) for key in ("variables", "shapes", "activations"))
     for key, some in (("shapes", shapes), ("activations", taps)):
         if some and len(some) != len(variables):
@@ -164,7 +165,7 @@ def read_value(document: Any, where: str) -> Any:
     if isinstance(document, dict):
         number = entries(document, where, ("number",))["number"]
         if number not in ("NaN", "Infinity", "-Infinity"):
-            raise ToyllmError(f"{where}.number: expected NaN, Infinity or -Infinity, found {number!r}")
+            raise ToyllmError(f"{where}.number: expected NaN, Infinity or -Infinity, found {brief(number)}")
         return float(number)
     if document is None and where.endswith("]"):
         raise ToyllmError(f"{where}: expected a number, a text, true or false, found null")

@@ -77,7 +77,7 @@ def subscripts(node: Name, start: int) -> Iterator[Script]:
     """The subscripts of a name, from an offset on."""
     for found in SCRIPTS.finditer(node.name, start):
         text = found[1].strip("{}")
-        value: Node = Literal(int(text)) if text.isdecimal() else expression(text)
+        value = expression(text)
         plain = isinstance(value, Name | Literal) and not found[2]
         yield Script("_", text if plain else found[1] + found[2], moved(value, node.at + found.start(1) + found[1].startswith("{")))
 

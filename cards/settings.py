@@ -84,7 +84,7 @@ def source(checkpoint: Checkpoint, c: Any) -> Callable[[str], np.ndarray]:
     def read(name: str) -> np.ndarray:
         key = name.removeprefix("blocks.")
         layer, part, kind = (*key.split("."), "", "")[:3]
-        if key in found or part not in QKV:
+        if key in found or part not in QKV or not isinstance(c, gpt_oss.Config):
             return stored(key)
         heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
         first, last = (c.head_dim * sum(heads[: QKV.index(part) + n]) for n in (0, 1))

@@ -14,6 +14,9 @@ from ..kernels.errors import ToyllmError
 KINDS = ("bind", "update", "for", "if", "else", "end", "return", "comment")
 CLOSING = ("else", "end")  # steps that stand one depth further out than what is before them
 
+NESTED = 50  # blocks within each other: more than any that are meant, and less than Python's stack
+LONGEST = 500  # characters of a message, and of the line that it shows: a name in a card can have any length
+
 HyperValue = int | float | bool | str | tuple["HyperValue", ...]
 
 
@@ -42,10 +45,18 @@ class CardError(ToyllmError):
     def __init__(self, place: Place, what: str, offset: int = 0) -> None:
         self.line, self.column = place.line, place.column + offset
         at = f"{place.file}:{self.line}:{self.column}: " if place.line else f"{place.file}: " if place.file else ""
-        super().__init__(at + what)
-        before = "".join(c for c in place.source[: self.column - 1] if not unicodedata.combining(c))
+        super().__init__(at + (what if len(what) <= LONGEST else what[: LONGEST - 1] + "…"))
+        shown, column = around(place.source, self.column - 1)
+        before = "".join(c for c in shown[:column] if not unicodedata.combining(c))
         margin = " " * (len(str(self.line)) + 2)
-        self.excerpt = f"  {self.line} | {place.source}\n{margin} | {' ' * len(before)}^" if place.source else ""
+        self.excerpt = f"  {self.line} | {shown}\n{margin} | {' ' * len(before)}^" if place.source else ""
+
+
+def around(line: str, column: int) -> tuple[str, int]:
+    """A line, of a long one what stands around a column (from 0), and where in this the column is."""
+    first = max(0, min(column, len(line)) - LONGEST // 2) if len(line) > LONGEST else 0
+    shown = line[first : first + LONGEST]
+    return ("…" if first else "") + shown + ("…" if first + len(shown) < len(line) else ""), column - first + bool(first)
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,8 @@ def arrange(inputs: Sequence[Declaration], steps: Iterable[Step]) -> tuple[Step,
             kind = "update" if changed <= bound else "bind"
             bound |= changed
         elif kind in ("for", "if"):
+            if len(opened) == NESTED:
+                raise CardError(step.targets, f"more than {NESTED} `for` and `if` within each other; make cards of some")
             opened.append(Open(step, set(bound), set(), kind == "for"))
         elif kind == "else":
             opened[-1].after |= bound
@@ -187,8 +200,8 @@ def arrange(inputs: Sequence[Declaration], steps: Iterable[Step]) -> tuple[Step,
 
 
 def closes(steps: Sequence[Step], end: int) -> str:
-    """What the `end` at this index closes: "for" or "if"."""
-    return next(s.kind for s in reversed(steps[:end]) if s.depth == steps[end].depth and s.kind in ("for", "if"))
+    """What the `end` at this index closes: "for" or "if"; "for" where nothing is open, which no card has."""
+    return next((s.kind for s in reversed(steps[:end]) if s.depth == steps[end].depth and s.kind in ("for", "if")), "for")
 
 
 # ---- values of hypers --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ MARGIN = 70  # the column, from 0, at which shapes and notes begin
 LABEL = 12  # columns of a label
 RULE = "─── sub-algorithms ".ljust(72, "─")
 FILE = "card"  # where a text comes from, if nothing else is known
+DIGITS = 300  # of a number, at most: an integer of so many is still a float
+WIDTH = 10_000  # characters of a line, at most: what is read in no time, whatever it is
+VALUES = 10_000  # of a hyper that is a sequence, at most: the layers of a model
 
 # ---- writing ----------------------------------------------------------------------------------------------------------------
 
@@ -176,6 +179,8 @@ def parse_all(text: str, file: str = FILE) -> tuple[Card, ...]:
         if PASSED_OVER.fullmatch(source):
             continue
         place = Place(file, number, len(source) - len(source.lstrip()) + 1, len(source) + 1, source)
+        if len(source) > WIDTH:
+            raise CardError(place, f"a line of {len(source):,} characters; at most {WIDTH:,}")
         if place.raw.startswith("Algorithm"):
             groups.append([])
         if not groups:
@@ -302,9 +307,8 @@ def read_hypers(line: Place) -> list[Hyper]:
         try:
             hypers.append(Hyper(found[3]) if found[3] else Hyper(found[1], read_value(found[2])))
         except ValueError:
-            raise CardError(
-                line, f"{found[1]}={found[2]}: expected a number, a word, a text in quotes or a sequence", found.start(2)
-            ) from None
+            said = found[0] if len(found[0]) <= 60 else found[0][:59] + "…"
+            raise CardError(line, f"{said}: expected a number, a word, a text in quotes or a sequence", found.start(2)) from None
     if line.raw[at:].strip():
         raise CardError(line, "expected hypers such as `D=768 ε`", at)
     return hypers
@@ -320,8 +324,13 @@ def read_value(text: str) -> HyperValue:
 
         return json.loads(text)
     if found := re.fullmatch(r"\((.*)\)(?:[×x](\d+))?", text):
-        return tuple(read_value(v.strip()) for v in split_top(found[1]) if v.strip()) * int(found[2] or 1)
+        values, times = tuple(read_value(v.strip()) for v in split_top(found[1]) if v.strip()), int(found[2] or 1)
+        if len(values) * times > VALUES:
+            raise ValueError(f"more than {VALUES} values")
+        return values * times
     if re.fullmatch(r"[+-]?\d+", text):
+        if len(text) > DIGITS:
+            raise ValueError(f"more than {DIGITS} digits")
         return int(text)
     if text[0].isalpha() and not set(text) & set('=()",'):
         return text

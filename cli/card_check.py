@@ -88,9 +88,11 @@ def check_cards(
 
     from ..models.generation import encode_prompt
     from ..models.model import load
+    from .vanished import end_in_words
 
     began = time.perf_counter()
     loaded = load(model, exact=True)
+    end_in_words(model)
     check_family(loaded.config, wanted, model)
     ids = None if prompt is None else encode_prompt(loaded, prompt)
     with output.status_line() as show:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..cards.structure import Card
 
 
+MOST = 2**20  # bytes of a file of cards: the whole library has 34,000
 MIXING = {"moe": "auto", "ρ": 1.0}  # hypers that are options of a run, not a model's
 
 
@@ -26,8 +27,14 @@ def read_cards(path: Path) -> "tuple[Card, ...]":
     """The cards of a file. Raises ToyllmError, for what is wrong in it with line and column."""
     from ..cards.text import parse_all
 
+    if path.exists() and not path.is_file():
+        raise ToyllmError(f"{path}: not a file; expected one with cards")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST + 1)
+        if len(data) > MOST:
+            raise ToyllmError(f"{path}: larger than {MOST:,} bytes, which no file of cards is")
+        text = data.decode()
     except OSError as error:
         raise ToyllmError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

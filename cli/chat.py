@@ -45,7 +45,8 @@ def chat(
 ) -> None:
     """Talk with a gpt-oss model.
 
-    Each line is a turn, from a terminal or a pipe. Answers go to stdout; reasoning, dimmed, and notes go to stderr.
+    Each line is a turn, from a terminal or a pipe. Answers go to stdout; reasoning, dimmed, and notes go to stderr. With --session a
+    conversation goes on another day, with the reasoning, date and instructions that it began with unless others are given.
     """
     if model is None:
         raise typer.BadParameter("none given; try: toyllm chat -m openai/gpt-oss-20b", ctx=context, param_hint="--model")

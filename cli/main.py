@@ -1,6 +1,8 @@
 """The `toyllm` command: its subcommands, and how every run ends (exit codes 0, 1, 2, 3, 130)."""
 
+import errno
 import os
+import resource
 import sys
 from typing import Annotated, Any
 
@@ -109,8 +111,11 @@ def run(arguments: list[str]) -> int:
 
 def described(error: Exception) -> str:
     """What went wrong, in words that say where."""
-    if isinstance(error, MemoryError):
-        return f"out of memory ({str(error) or 'the system gives no more'}): close other programs, or take less at a time"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY
+    if isinstance(error, MemoryError) or (limited and isinstance(error, OSError) and error.errno in (None, errno.ENOMEM)):
+        figures = f", under a limit of {limit / 1e6:.0f} MB (ulimit -v)" if limited else ""
+        return f"out of memory{figures} ({str(error) or 'the system gives no more'}); close other programs, or take less at a time"
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return "the current folder is gone: change to one that is there"
     return str(error)

@@ -1,5 +1,6 @@
 """Where a prompt comes from: the argument, a pipe, or token ids."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def decode(where: str, data: bytes) -> str:
         raise ToyllmError(f"{where}: byte {at} (0x{data[at]:02x}): expected UTF-8 ({error.reason}); convert the text first") from error
 
 
+def given_text(text: str) -> str:
+    """A text of the command line, which is UTF-8 in any locale: what Python could not decode by the locale's rules is decoded here.
+
+    Bytes that are no UTF-8 stay the lone surrogates that Python makes of them.
+    """
+    if text.isascii() or not any("\udc80" <= c <= "\udcff" for c in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def parse_ids(text: str) -> list[int]:
     """Token ids from text, with spaces or commas between. Raises ValueError for anything else, and for none."""
     words = re.split(r"[\s,]+", text.strip(" \t\r\n,"))
@@ -53,8 +67,8 @@ def read_prompt(context: typer.Context, text: str | None, ids: str | None) -> st
             return parse_ids(ids)
         except ValueError as error:
             raise typer.BadParameter(f"{error}", ctx=context, param_hint="--prompt-ids") from error
-    if text not in (None, "-"):
-        return text
+    if text is not None and text != "-":
+        return given_text(text)
     if sys.stdin.isatty() and text is None:
         raise typer.BadParameter(f'none given; try: {context.command_path} "Once upon a time"', ctx=context, param_hint="PROMPT")
     return read_stdin().removesuffix("\n")

@@ -34,10 +34,12 @@ def load(name: str, running: dict[str, Any], changes: "Sequence[Change]" = ()) -
     """The model, with the options of `options.RUNNING`; one that does not have what `changes` mean is not read."""
     from ..models.model import load as load_model
     from ..models.preload import read_ahead
+    from .vanished import end_in_words
 
     check_names(name, changes)
 
     def preload(shards: "tuple[Path, ...]") -> None:
+        end_in_words(name)
         if not running["no_preload"]:
             with output.byte_bar(f"reading {name}") as progress:
                 read_ahead(shards, progress)

@@ -8,7 +8,7 @@ import typer
 from ..kernels.errors import ToyllmError
 from . import output
 from .options import DEFAULT_MODEL, Json, Model, option
-from .prompt import read_stdin
+from .prompt import given_text, read_stdin
 
 if TYPE_CHECKING:
     from ..models.location import ModelFiles
@@ -32,7 +32,7 @@ def tokenize(
         raise typer.BadParameter("give one of them", ctx=context, param_hint="--ids, --count, --json")
     if text is None and sys.stdin.isatty():
         raise typer.BadParameter('none given; try: toyllm tokenize "Once upon a time"', ctx=context, param_hint="TEXT")
-    given = read_stdin() if text in (None, "-") else text
+    given = read_stdin() if text is None or text == "-" else given_text(text)
     _, tokenizer = find_tokenizer(model)
     if ids or count:
         found = tokenizer.encode(given, special=not no_special)

@@ -58,7 +58,7 @@ class Conversation:
         self.written: list[Message] = []  # what the model wrote in the last turn, in other roles than its own too
         self.forgotten: list[Message] = []  # what the last question found no room for
         self.turns = 0  # questions so far
-        self.held = Held(model, self.context)
+        self.held = Held(model, self.context, len(opening))
         self._answer: Generator[Event] | None = None
 
     def reset(self) -> None:

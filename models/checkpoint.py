@@ -4,6 +4,7 @@ Two readers must agree on every file: the one here, which says where a header an
 and the safetensors library's, so that nothing is accepted that the library refuses.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -94,6 +95,13 @@ class Checkpoint:
             raise ToyllmError(f"{tensor.path}: changed while open: tensor {brief(name)} ends at byte {end:,}, the file now at {size:,}")
         return np.ndarray(tensor.shape, dtype, buffer=mapped, offset=tensor.offset)
 
+    def check_whole(self) -> None:
+        """Raise ToyllmError where a file has shrunk since it was opened. Costs a question to the system a file."""
+        for path, mapped in self.maps.items():
+            size = mapped.size()
+            if size < len(mapped):
+                raise ToyllmError(f"{path}: changed while open: it had {len(mapped):,} bytes, and has {size:,} now; download it again")
+
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
     """Map a model's weights: the single file, or every shard that its index names. Nothing but headers is read.
@@ -181,6 +189,11 @@ def map_file(path: Path) -> tuple[mmap.mmap, list[Tensor]]:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ToyllmError(f"{path}: refused by the safetensors library: {brief(reason)}; download it again") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            from .preload import address_space
+
+            figures = f"{path.stat().st_size / 1e9:.2f} GB to map, {(address_space() or 0) / 1e9:.2f} GB of address space left"
+            raise ToyllmError(f"{path}: {figures}; raise the limit (ulimit -v)") from error
         raise unreadable(path, error) from error
     return mapped, tensors
 

@@ -32,22 +32,36 @@ class Held:
     `step_back` gives back.
     """
 
-    def __init__(self, model: "Model", room: int) -> None:
-        """Begin with an empty cache of `room` positions. Raises OutOfMemory."""
+    def __init__(self, model: "Model", room: int, opening: int = 0) -> None:
+        """Begin with an empty cache of `room` positions, and `mark` the place behind the first `opening` when they are read.
+
+        Raises OutOfMemory.
+        """
         self.model, self.room = model, room
         self.cache: Any = model.new_cache(room)
         self.ids: list[int] = []
         self.next: int | None = None  # the token of the text that is not read yet, if there is one
         self.passes = 0  # how often something was read
-        self._mark: tuple[int, list[State | None]] | None = None
+        self._opening = opening if any(map(windowed, members(self.cache))) else 0
+        self._marks: list[tuple[int, list[State | None]]] = []  # length, and of each window what it held then
 
     def read(self, tokens: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Run the tokens behind what is held; f32 logits [1, V] of the last. Raises as `Model.forward`."""
+        if len(self.ids) < self._opening < len(self.ids) + len(tokens):
+            first = self._opening - len(self.ids)
+            self.read(tokens[:first], self._no_logits())
+            tokens = tokens[first:]
         at = np.arange(len(self.ids), len(self.ids) + len(tokens))
         logits = self.model.forward(tokens, at, np.zeros(len(at), np.int64), self.cache, out=out)
         self.ids += tokens
         self.next, self.passes = None, self.passes + 1
+        if len(self.ids) == self._opening:
+            self.mark()
         return logits
+
+    def _no_logits(self) -> np.ndarray:
+        """Where the logits go that nobody asks for."""
+        return np.empty((0, self.model.vocab_size), np.float32)
 
     @property
     def text(self) -> list[int]:
@@ -59,31 +73,29 @@ class Held:
         return self.step_back(min(common_prefix(self.ids, prompt), len(prompt) - 1))
 
     def step_back(self, length: int) -> int:
-        """Forget all but the first `length` ids, and say how many are left: where the cache could not go on there, those up to the mark.
+        """Forget all but the first `length` ids, and say how many are left: where the cache could not go on there, those up to a mark.
 
-        One id can always be taken back; more only as far as the windows reach, or to the mark, or to nothing.
+        One id can always be taken back; more only as far as the windows reach, or to a mark, or to nothing.
         """
         ids, self.ids, self.next = self.ids, [], None  # an interrupt in here leaves nothing to rely on
-        mark, self._mark = self._mark, None
+        marks, self._marks = [mark for mark in self._marks if mark[0] <= length], []
         if not self.cache.can_resume(0, length):
-            length = mark[0] if mark and mark[0] <= length else 0
-            if mark and length:
-                for member, state in zip(members(self.cache), mark[1], strict=True):
-                    if state:
-                        member.remove(0, 0)
-                        member.restore(0, *state)
+            length, states = marks[-1] if marks else (0, [])
+            for member, state in zip(members(self.cache), states, strict=False):
+                if state:
+                    member.remove(0, 0)
+                    member.restore(0, *state)
         self.cache.remove(0, length)
-        self._mark = mark if mark and mark[0] <= length else None
-        self.ids = ids[:length]
+        self.ids, self._marks = ids[:length], marks
         return length
 
     def mark(self) -> None:
-        """Remember this place: `step_back` finds it however far the windows have moved on.
+        """Remember this place: `step_back` finds it however far the windows have moved on. The first mark and the latest are kept.
 
-        Costs a copy of the windows: of gpt-oss-20b 6.3 MB in f32 (12 layers, 128 positions of 4,096 bytes); nothing without windows.
+        Each costs a copy of the windows: of gpt-oss-20b 6.3 MB in f32 (12 layers, 128 positions of 4,096 bytes); nothing without windows.
         """
         states = [window_state(member) if windowed(member) else None for member in members(self.cache)]
-        self._mark = len(self.ids), states
+        self._marks = [*self._marks[:1], (len(self.ids), states)]
 
     def shift(self, keep: int) -> list[int]:
         """Make room in a full context: forget half of what follows the first `keep` ids, and say which ids those were.
@@ -92,15 +104,16 @@ class Held:
         still those of tokens that had read what is forgotten. Without, or where a window would need what it has forgotten, all that is
         kept is read anew. At least two ids follow the first `keep`.
         """
-        ids, self.ids, self._mark = self.ids, [], None
+        ids, self.ids = self.ids, []
+        marks, self._marks = [mark for mark in self._marks if mark[0] <= keep], []
         end = keep + (len(ids) - keep) // 2
         rest = ids[:keep] + ids[end:]
         if self._closed_up(keep, end, len(rest)):
-            self.ids = rest
+            self.ids, self._marks = rest, marks
         else:
             self.cache.remove(0, 0)
             coming, self.next = self.next, None
-            self.read(rest, np.empty((0, self.model.vocab_size), np.float32))  # nobody asks for logits
+            self.read(rest, self._no_logits())
             self.next = coming
         return ids[keep:end]
 

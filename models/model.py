@@ -17,7 +17,7 @@ from .cache import DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import GenerationDefaults, generation_defaults, load_config
 from .location import ModelFiles, find_model
-from .preload import available_memory
+from .preload import address_space, available_memory
 from .taps import Reader, Tap
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .generation import Event, Settings
 
 RESERVE = 256 * 2**20  # bytes of memory left for the interpreter, the kernels and their buffers
+COMPILER = 384 * 2**20  # bytes of address space: LLVM, kernels and their threads' stacks, measured with a little room
 PREFILL_CHUNK = 512  # tokens a pass: enough to keep the processor busy, and the buffers stay in its caches
 
 
@@ -108,11 +109,11 @@ class Model:
 
     def free_for_cache(self) -> int | None:
         """Bytes of memory that a KV cache may take: beside the weights, where both fit. None where the system does not tell."""
-        free = available_memory()
-        if free is None:
-            return None
+        free, limit = available_memory(), address_space()  # of the limit the mapped weights are taken off already
         weights = self.mapped_bytes
-        return (free - weights if free > weights else free) - RESERVE  # the file should stay in memory, where it can
+        room = [] if free is None else [free - weights if free > weights else free]  # the file should stay in memory, where it can
+        room += [] if limit is None else [limit]
+        return min(room) - RESERVE if room else None
 
     def cache_bytes(self, context: int, sequences: int = 1) -> int:
         """Bytes of a KV cache for so many sequences of so many positions."""
@@ -153,6 +154,7 @@ class Model:
         named = {"tokens": tokens, "positions": positions, "sequences": sequences}
         tokens, positions, sequences = (integers(name, array) for name, array in named.items())
         self._check_batch(tokens, positions, sequences)
+        self.checkpoint.check_whole()
         check_follows(cache, positions, sequences)
         T = len(tokens)
         if self.prefill_chunk < T:
@@ -192,11 +194,13 @@ class Model:
             raise ToyllmError(f"ids: expected 1 to {self.config.context}, found {T}")
         return self.forward(ids, np.arange(T), np.zeros(T, np.int64), self.new_cache(T), all_logits=True)
 
-    def generate(self, prompt: str | Sequence[int], settings: "Settings | None" = None, context: int | None = None) -> "Iterator[Event]":
-        """Continue a text or token ids; see `generation.generate`."""
+    def generate(
+        self, prompt: str | Sequence[int], settings: "Settings | None" = None, context: int | None = None, keep: int | None = None
+    ) -> "Iterator[Event]":
+        """Continue a text or token ids; where the context is full, behind its first `keep` tokens. See `generation.generate`."""
         from .generation import Settings, encode_prompt, generate
 
-        return generate(self, encode_prompt(self, prompt), settings or Settings(), context)
+        return generate(self, encode_prompt(self, prompt), settings or Settings(), context, keep=keep)
 
 
 def check_follows(cache: Any, positions: np.ndarray, sequences: np.ndarray) -> None:
@@ -223,6 +227,14 @@ def integers(name: str, values: np.ndarray | Sequence[int]) -> np.ndarray:
     if array.size and array.dtype.kind not in "iu":
         raise ToyllmError(f"{name}: expected integers of 64 bits, found {array.dtype}")
     return array.astype(np.int64, copy=False)
+
+
+def check_compiler_fits() -> None:
+    """Raise ToyllmError where a limit leaves too little address space for kernels: LLVM ends a process that runs out of it."""
+    limit = address_space()
+    if limit is not None and limit < COMPILER:
+        figures = f"{limit / 1e6:.0f} MB of address space are left, and kernels take up to {COMPILER / 1e6:.0f} MB beside the model"
+        raise ToyllmError(f"{figures}; raise the limit (ulimit -v)")
 
 
 def ignore(*_: object) -> None:
@@ -264,6 +276,7 @@ def load(
     if cache_dtype not in DTYPES:
         raise ToyllmError(f"--cache-dtype {cache_dtype}: expected {' or '.join(DTYPES)}")
     files = find_model(name)
+    check_compiler_fits()
     family, config = load_config(files)
     checkpoint = open_checkpoint(files)
 

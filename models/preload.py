@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import random
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -98,3 +99,13 @@ def available_memory() -> int | None:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         limits += [int(limit)] if limit.isdecimal() else []  # else "max"
     return min(limits, default=None)
+
+
+def address_space() -> int | None:
+    """Bytes that this process may still map under a limit on its address space (`ulimit -v`); None where there is none."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with suppress(OSError):  # absent but on Linux
+        return max(0, limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
+    return limit

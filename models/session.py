@@ -77,7 +77,7 @@ class SessionFile:
             raise ToyllmError(f"{self.path}: another program has written it since this one read it; give another --session")
         arrays = {"ids": np.array(held.text, np.int64)}
         for i, state in enumerate(held.states()):
-            arrays |= {f"{i}.{part}": array for part, array in zip(PARTS, state, strict=True)}
+            arrays |= {f"{i}.{part}": np.ascontiguousarray(array) for part, array in zip(PARTS, state, strict=True)}
         metadata = {"format": FORMAT, "model": self._fingerprint, "name": self._model.files.name, "made_with": json.dumps(self._made_with)}
         if talk:
             metadata["talk"] = json.dumps(asdict(talk))
@@ -135,6 +135,7 @@ def made_with(model: "Model") -> dict[str, str]:
         "cache-dtype": model.cache_dtype,
         "weights": model.kernels.weights,
         "activations": model.kernels.activations,
+        "exact": "yes" if model.kernels.exact else "no",
         "moe": f"budget, --tokens-per-expert-ratio {mixing.ratio}" if mixing.algorithm == "budget" else "auto",
     }
 

@@ -5,10 +5,15 @@ nothing has to be gathered. Where a window moves on, a row's first places become
 
 Each sequence would have its cells adjoin: it takes the one behind its last, else one in its own part of the pool, else the longest
 free run. A cell that several sequences hold is free when the last of them gives it back.
+
+An interrupt inside an operation leaves every sequence as it was or as it shall be, or, where what it holds is moved or restored, without
+that: a cell is counted as taken before a row names it and until none does, and a row that has to be written anew is written elsewhere,
+then takes the old one's place. Cells that nobody holds in the end are found before a cache is called full.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -24,6 +29,7 @@ class Row:
     """A sequence's row: places first ... last - 1 are its stored positions, in order."""
 
     number: int
+    home: int  # its part of the pool
     first: int = 0
     last: int = 0
     before: int = 0  # a place's index in the sequence, less the place: a multiple of BLOCK
@@ -31,7 +37,7 @@ class Row:
 
 
 Group = tuple[int, np.ndarray, np.ndarray | slice]  # a sequence, its positions in a batch, and which of the batch these are
-Drop = tuple[Row, int]  # a row, and how many of its first places it forgets
+Drop = tuple[int, Row, int]  # a sequence, its row, and how many of its first places it forgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,18 @@ class Cells:
         self.window, self.memory, self.chunk = window, memory, chunk
         self._parts = parts
         self._owners = np.zeros(count, np.int32)  # sequences that hold a cell
-        self._table = np.zeros((1, WIDTH), np.int32)
-        self._positions = np.zeros((1, WIDTH), np.int64)
+        self._tables = np.zeros((1, WIDTH), np.int32), np.zeros((1, WIDTH), np.int64)  # cells, and their positions
         self._rows: dict[int, Row] = {}  # of the sequences that hold anything
-        self._spare = [0]  # numbers of rows that are nobody's, the lowest last
         self._groups: Sequence[Group] = ()
         self.rest()
+
+    @property
+    def _table(self) -> np.ndarray:
+        return self._tables[0]
+
+    @property
+    def _positions(self) -> np.ndarray:
+        return self._tables[1]
 
     # ---- what is stored -----------------------------------------------------------------------------------------------------
 
@@ -85,12 +97,12 @@ class Cells:
     def length(self, sequence: int) -> int:
         """How many positions a sequence has had, those forgotten since included."""
         row = self._rows.get(sequence)
-        return row.before + row.last if row else 0
+        return row.before + row.last if row and row.last > row.first else 0
 
     def last(self, sequence: int) -> int | None:
         """The last position stored; None of an empty sequence."""
         row = self._rows.get(sequence)
-        return int(self._positions[row.number, row.last - 1]) if row else None
+        return int(self._positions[row.number, row.last - 1]) if row and row.last > row.first else None
 
     def shared(self, cells: np.ndarray) -> bool:
         """Whether another sequence holds one of these too."""
@@ -115,7 +127,8 @@ class Cells:
         if self.free < tokens and self.free + self._freed(drops) < tokens:
             if self.memory is not None:  # those that wait keep what their next position sees
                 waiting = self._rows.keys() - {s for s, _, _ in groups}
-                drops += self._left_behind({s: int(self.positions(s)[-1]) + 1 for s in waiting})
+                drops += self._left_behind({s: (self.last(s) or 0) + 1 for s in waiting})
+            self._count()
             free = self.free + self._freed(drops)
             if free < tokens:
                 raise CacheFull(f"the KV cache is full: {tokens} more positions, {free} of {self.count} cells are free")
@@ -129,12 +142,12 @@ class Cells:
             if row:
                 n = int(self._positions[row.number, row.first : row.last].searchsorted(position - self.memory + 1))  # type: ignore[operator]
                 if n:
-                    drops.append((row, n))
+                    drops.append((sequence, row, n))
         return drops
 
     def _freed(self, drops: Iterable[Drop]) -> int:
         """How many cells are free after it that are not free before."""
-        cells = [self._table[row.number, row.first : row.first + n] for row, n in drops]
+        cells = [self._table[row.number, row.first : row.first + n] for _, row, n in drops]
         return self._last_owned(np.concatenate(cells)) if cells else 0
 
     def _last_owned(self, cells: np.ndarray) -> int:
@@ -147,59 +160,53 @@ class Cells:
 
     def take(self, plan: Plan) -> None:
         """Take a cell a token."""
-        for row, n in plan.drops:
-            self._give_back(self._table[row.number, row.first : row.first + n])
+        for _, row, n in plan.drops:
+            cells = self._table[row.number, row.first : row.first + n]
             row.first += n
+            self._give_back(cells)
         self.new = np.empty(plan.tokens, np.int64)  # each token's cell
         for sequence, positions, where in plan.groups:
-            row = self._rows.get(sequence) or self._begin(sequence)
-            self.new[where] = self._add(row, positions)
+            self.new[where] = self._add(sequence, positions)
         self._drop_empty(plan.drops)
         self._groups, self.reserved = plan.groups, False
         self.look(None)
 
     def _drop_empty(self, drops: Iterable[Drop]) -> None:
         """End sequences that have forgotten all."""
-        for row, _ in drops:
+        for sequence, _, _ in drops:
+            row = self._rows[sequence]
             if row.first == row.last:
-                self._end(next(s for s, other in self._rows.items() if other is row))
+                del self._rows[sequence]
 
-    def _add(self, row: Row, positions: np.ndarray) -> np.ndarray:
-        """Cells for positions of a row, int64 [n], which it now holds."""
-        n = len(positions)
+    def _add(self, sequence: int, positions: np.ndarray) -> np.ndarray:
+        """Cells for positions of a sequence, int64 [n], which it now holds."""
+        n, row = len(positions), self._rows.get(sequence) or self._begin(sequence)
         last = self._positions[row.number, row.last - 1] if row.last > row.first else -1
         follows = positions[0] >= last and (n == 1 or bool((positions[1:] >= positions[:-1]).all()))
         cells = self._allocate(row, n)
-        if n == 1 and follows and row.last < self._table.shape[1]:  # a token of a decode step
-            if row.last == row.first or cells[0] != self._table[row.number, row.last - 1] + 1:
-                row.run = row.last
-            self._table[row.number, row.last] = cells[0]
-            self._positions[row.number, row.last] = positions[0]
-            row.last += 1
-            return cells
         if not follows:
-            return self._insert(row, positions, cells)
-        self._make_place(row, n)
-        place = row.last
+            return self._insert(sequence, row, positions, cells)
+        if row.last + n > self._table.shape[1]:
+            row = self._make_place(sequence, row, n)
+        place = slice(row.last, row.last + n)
+        self._table[row.number, place] = cells
+        self._positions[row.number, place] = positions
+        if n > 1 and not neighbours(cells):
+            row.run = run_start(self._table[row.number, : row.last + n], row.first)
+        elif row.last == row.first or cells[0] != self._table[row.number, row.last - 1] + 1:
+            row.run = row.last
         row.last += n
-        self._table[row.number, place : row.last] = cells
-        self._positions[row.number, place : row.last] = positions
-        if not neighbours(cells):
-            row.run = run_start(self._table[row.number, : row.last], row.first)
-        elif place == row.first or cells[0] != self._table[row.number, place - 1] + 1:
-            row.run = place
         return cells
 
-    def _insert(self, row: Row, positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    def _insert(self, sequence: int, row: Row, positions: np.ndarray, cells: np.ndarray) -> np.ndarray:
         """Positions that come in any order, or before others of the row; each one's cell."""
         order = positions.argsort(kind="stable")
         own = np.empty(len(cells), np.int64)
         own[order] = cells
-        places = slice(row.first, row.last)
-        every = np.concatenate((self._positions[row.number, places], positions[order]))
-        where = np.concatenate((self._table[row.number, places], cells))
+        every = np.concatenate((self.positions(sequence), positions[order]))
+        where = np.concatenate((self.stored(sequence), cells))
         order = every.argsort(kind="stable")
-        self._write(row, row.before + row.first, where[order], every[order])
+        self._write(sequence, row.before + row.first, where[order], every[order])
         return own
 
     def _allocate(self, row: Row, n: int) -> np.ndarray:
@@ -207,7 +214,7 @@ class Cells:
         if row.last > row.first:
             behind = int(self._table[row.number, row.last - 1]) + 1
             if n == 1 and behind < self.count and not self._owners[behind]:
-                self._owners[behind], self.free = 1, self.free - 1
+                self.free, self._owners[behind] = self.free - 1, 1
                 return np.array((behind,), np.int64)
             starts = (behind, self._home(row) + row.before + row.last)
         else:
@@ -236,13 +243,20 @@ class Cells:
 
     def _home(self, row: Row) -> int:
         """Where a row's part of the pool begins."""
-        return row.number % self._parts * (self.count // self._parts)
+        return row.home % self._parts * (self.count // self._parts)
 
     def _give_back(self, cells: np.ndarray) -> None:
         """One sequence holds these no longer."""
         owners = self._owners[cells] - 1
         self._owners[cells] = owners
         self.free += len(cells) - int(np.count_nonzero(owners))
+
+    def _count(self) -> None:
+        """Count who holds what anew."""
+        held = [self.stored(s) for s in self._rows]
+        owners = np.bincount(np.concatenate(held), minlength=self.count) if held else np.zeros(self.count)
+        self._owners = owners.astype(np.int32)
+        self.free = int(np.count_nonzero(self._owners == 0))
 
     # ---- what the batch sees ------------------------------------------------------------------------------------------------
 
@@ -316,20 +330,23 @@ class Cells:
         self._owners[cells] += 1
         self._replace(target, index, cells, positions)
 
-    def fill(self, sequence: int, positions: np.ndarray) -> np.ndarray:
-        """New cells, int64 [n], for positions in order, which are then all that the sequence holds. `check_fill` comes before."""
+    def fill(self, sequence: int, positions: np.ndarray, store: Callable[[np.ndarray], None]) -> None:
+        """New cells for positions in order, which are then all that the sequence holds. `check_fill` comes before.
+
+        `store(cells)` is called before the sequence holds them.
+        """
         index = int(positions[0]) if self.window is not None and len(positions) else 0  # a window has forgotten those before
         self._replace(sequence, 0, np.empty(0, np.int64), positions[:0])
         if not len(positions):
-            return np.empty(0, np.int64)
-        row = self._begin(sequence)
-        cells = self._allocate(row, len(positions))
-        self._write(row, index, cells, positions)
+            return
+        cells = self._allocate(self._begin(sequence), len(positions))
+        store(cells)
+        self._write(sequence, index, cells, positions)
         self.rest()
-        return cells
 
     def check_fill(self, sequence: int, n: int) -> None:
         """Raise CacheFull where so many positions do not fit in place of a sequence's own."""
+        self._count()
         free = self.free + self._last_owned(self.stored(sequence))
         if free < n:
             raise CacheFull(f"the KV cache is full: {n} positions to restore, {free} of {self.count} cells are free")
@@ -346,76 +363,92 @@ class Cells:
             return behind, behind, cells[low:high].copy()
         return behind, cells[low : low + len(behind)].copy(), cells[low + len(behind) :].copy()
 
-    def cut(self, sequence: int, begin: int, end: int) -> None:
-        """A sequence loses positions from `begin` up to `end`; those behind move down by as many, in cells as `close_up` has it."""
+    def cut(self, sequence: int, begin: int, end: int, move: Callable[[], None]) -> None:
+        """A sequence loses positions from `begin` up to `end`; those behind move down by as many, in cells as `close_up` has it.
+
+        `move()` is called to move what these cells hold, while the sequence holds neither.
+        """
         row = self._rows.get(sequence)
-        if not row:
+        if not row or row.first == row.last:
+            self._rows.pop(sequence, None)
             return
         stored, cells = self.positions(sequence), self.stored(sequence)
         low, high = (int(i) for i in stored.searchsorted((begin, end)))
         index, oldest = row.before + row.first, int(stored[0])
         index -= max(0, min(end, oldest) - max(begin, oldest - index))  # what was forgotten is cut too
         _, onto, gone = self.close_up(sequence, begin, end)
-        self._give_back(gone)
-        if high == len(stored) and low:
-            row.last = row.first + low
-            if row.run >= row.last:
-                row.run = run_start(self._table[row.number, : row.last], row.first)
-        elif low or high < len(stored):
-            self._write(row, index, np.concatenate((cells[:low], onto)), np.concatenate((stored[:low], stored[high:] - (end - begin))))
+        if low:
+            last = row.first + low
+            if row.run >= last:
+                row.run = run_start(self._table[row.number, :last], row.first)
+            row.last = last
         else:
-            self._end(sequence)
+            del self._rows[sequence]
+        if high < len(stored):
+            move()
+            kept = np.concatenate((stored[:low], stored[high:] - (end - begin)))
+            self._write(sequence, index, np.concatenate((cells[:low], onto)), kept)
+        self._give_back(gone)
         self.rest()
 
     def _replace(self, sequence: int, index: int, cells: np.ndarray, positions: np.ndarray) -> None:
         """A sequence holds these cells, its own already, in place of those that it did; its first is number `index`."""
-        if sequence in self._rows:
-            self._give_back(self.stored(sequence))
-            self._end(sequence)
+        gone = self.stored(sequence).copy()
         if len(cells):
-            self._write(self._begin(sequence), index, cells, positions)
+            self._write(sequence, index, cells, positions)
+        else:
+            self._rows.pop(sequence, None)
+        self._give_back(gone)
         self.rest()
 
     # ---- rows ---------------------------------------------------------------------------------------------------------------
 
     def _begin(self, sequence: int) -> Row:
         """A row for a sequence that has none."""
-        if not self._spare:
-            rows = len(self._table)
-            self._table, self._positions = (np.concatenate((a, np.zeros_like(a))) for a in (self._table, self._positions))
-            self._spare = list(range(2 * rows - 1, rows - 1, -1))
-        row = self._rows[sequence] = Row(self._spare.pop())
+        home = first_without(row.home for row in self._rows.values())
+        row = self._rows[sequence] = Row(self._unused(), home)
         return row
 
-    def _end(self, sequence: int) -> None:
-        """A sequence's row is nobody's."""
-        self._spare.append(self._rows.pop(sequence).number)
-        self._spare.sort(reverse=True)
+    def _unused(self) -> int:
+        """The number of a row that is nobody's."""
+        number = first_without(row.number for row in self._rows.values())
+        if number == len(self._table):
+            self._tables = tuple(np.concatenate((table, np.zeros_like(table))) for table in self._tables)  # type: ignore[assignment]
+        return number
 
-    def _write(self, row: Row, index: int, cells: np.ndarray, positions: np.ndarray) -> None:
-        """A row's places anew; the first is number `index` of the sequence."""
-        row.first = row.last = index % BLOCK
-        row.before = index - row.first
-        self._make_place(row, len(cells))
-        row.last += len(cells)
-        self._table[row.number, row.first : row.last] = cells
-        self._positions[row.number, row.first : row.last] = positions
-        row.run = run_start(self._table[row.number, : row.last], row.first)
+    def _write(self, sequence: int, index: int, cells: np.ndarray, positions: np.ndarray) -> Row:
+        """A sequence's row anew; its first is number `index` of the sequence."""
+        first, old = index % BLOCK, self._rows.get(sequence)
+        last = first + len(cells)
+        self._widen(last)
+        number = self._unused()
+        self._table[number, first:last] = cells
+        self._positions[number, first:last] = positions
+        home = old.home if old else first_without(row.home for row in self._rows.values())
+        run = run_start(self._table[number, :last], first)
+        row = self._rows[sequence] = Row(number, home, first, last, index - first, run)
+        return row
 
-    def _make_place(self, row: Row, n: int) -> None:
-        """Room for n places more: in front, where most of the row is free, else in longer rows."""
+    def _make_place(self, sequence: int, row: Row, n: int) -> Row:
+        """Room for n places more at the end: in front, where half of the row is free, else in longer rows."""
         width = self._table.shape[1]
-        if row.last + n <= width:
-            return
-        by = row.first - row.first % BLOCK
-        if 2 * by >= width and row.last - by + n <= width:
-            for array in (self._table, self._positions):
-                array[row.number, row.first - by : row.last - by] = array[row.number, row.first : row.last].copy()
-            row.before += by
-            row.first, row.last, row.run = row.first - by, row.last - by, max(row.run - by, 0)
-            return
-        more = -(-max(width, row.last + n - width) // BLOCK) * BLOCK
-        self._table, self._positions = (np.pad(a, ((0, 0), (0, more))) for a in (self._table, self._positions))
+        if 2 * row.first >= width and row.last - row.first + BLOCK + n <= width:
+            return self._write(sequence, row.before + row.first, self.stored(sequence), self.positions(sequence))
+        self._widen(row.last + n)
+        return row
+
+    def _widen(self, width: int) -> None:
+        """Rows of at least so many places."""
+        more = width - self._table.shape[1]
+        if more > 0:
+            more = -(-max(more, self._table.shape[1]) // BLOCK) * BLOCK
+            self._tables = tuple(np.pad(table, ((0, 0), (0, more))) for table in self._tables)  # type: ignore[assignment]
+
+
+def first_without(taken: Iterable[int]) -> int:
+    """The lowest number that is not taken."""
+    numbers = set(taken)
+    return next(n for n in count() if n not in numbers)
 
 
 def neighbours(cells: np.ndarray) -> bool:

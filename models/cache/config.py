@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...kernels.dtypes import F32
 from ...kernels.errors import ToyllmError
 
 
@@ -37,6 +38,14 @@ class CacheConfig:
             raise ToyllmError(f"mask_dtype {self.mask_dtype!r}: expected bool or a float dtype")
 
 
+def check_config(config: object, used: bool) -> None:
+    """Raise NotSupported where a cache is in use, ToyllmError for what is no configuration."""
+    if used:
+        raise NotSupported("set_config: the cache is in use already, expected before its first pass")
+    if not isinstance(config, CacheConfig):
+        raise ToyllmError(f"set_config: expected a CacheConfig, found {type(config).__name__}")
+
+
 def is_integer(value: object) -> bool:
     """Whether it is a whole number, of Python's or of NumPy's, and no truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -58,17 +67,26 @@ def check_sizes(**sizes: object) -> None:
 MOST = 2**62  # positions and sequences lie below it, so that sums of two do not overflow
 
 
+def whole_numbers(given: object) -> np.ndarray | None:
+    """A list of at least one integer, all from 0 on, as a new int64 [n]; None for anything else."""
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        return None
+    low, high = (array[0],) * 2 if len(array) == 1 else (array.min(), array.max())  # of one token, reductions cost more than all else
+    return array.astype(np.int64) if low >= 0 and high < MOST else None
+
+
 def check_batch(positions: object, sequences: object) -> tuple[np.ndarray, np.ndarray]:
     """Positions and sequences of a batch as new int64 [T] both. Raises ToyllmError."""
     arrays = []
     for name, given in (("positions", positions), ("sequences", sequences)):
-        try:
-            array = np.asarray(given)
-        except (TypeError, ValueError, OverflowError):
-            array = np.empty(0)
-        if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST:
+        array = whole_numbers(given)
+        if array is None:
             raise ToyllmError(f"{name}: expected a list of at least one integer, all from 0 on")
-        arrays.append(array.astype(np.int64))
+        arrays.append(array)
     if len(arrays[0]) != len(arrays[1]):
         raise ToyllmError(f"positions and sequences: expected as many of both, found {len(arrays[0])} and {len(arrays[1])}")
     return arrays[0], arrays[1]
@@ -76,7 +94,7 @@ def check_batch(positions: object, sequences: object) -> tuple[np.ndarray, np.nd
 
 def check_rows(name: str, given: object, rows: int | None, G: int, Dh: int) -> np.ndarray:
     """Keys or values as f32 [rows, G, Dh]; any number of rows for None. Raises ToyllmError for another shape."""
-    if isinstance(given, np.ndarray) and given.dtype == np.float32 and given.shape == (rows, G, Dh):
+    if isinstance(given, np.ndarray) and given.shape == (rows, G, Dh) and given.dtype == F32:
         return given
     try:
         array = np.asarray(given, np.float32)

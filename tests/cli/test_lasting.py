@@ -316,3 +316,24 @@ def test_a_saved_turn_that_fails_to_be_written_is_said_and_the_chat_goes_on(
     code, _, err = toyllm(*asked(folder, path), stdin=None)
     assert code == 0
     assert f"error: {path}: another program has written it since this one read it; give another --session" in err
+
+
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(toyllm: Any, folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path, forward, passes = tmp_path / "s", Model.forward, iter(range(1000))
+    lines = iter(["Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+
+    def interrupted(self: Model, *arguments: Any, **named: Any) -> Any:
+        if next(passes) == 12:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(Model, "forward", interrupted)
+    code, _, err = toyllm(*asked(folder, path), stdin=None)
+    assert code == 0
+    assert "stopped; what was said so far stays in the conversation" in err
+    monkeypatch.setattr(Model, "forward", forward)
+    again = toyllm(*asked(folder, path, "--stats"), stdin=b"Who?\n")
+    assert again.code == 0
+    assert again.err.startswith(f"note: {path}: goes on behind ")
+    assert int(again.err.split("prompt reused:")[1].split()[0]) > 200

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from random import Random
 
-from . import configs, headers, indexes, kernels, slices, streams, weights
+from . import cards, configs, headers, indexes, kernels, slices, streams, tokenizers, weights
 from .leg import Leg, Result, run, scratch_folder
 
 LEGS: dict[str, Leg] = {
@@ -19,6 +19,8 @@ LEGS: dict[str, Leg] = {
     "configs": configs.LEG,
     "slices": slices.LEG,
     "streams": streams.LEG,
+    "tokenizers": tokenizers.LEG,
+    "cards": cards.LEG,
     "weights": weights.LEG,
     "kernels": kernels.LEG,
 }

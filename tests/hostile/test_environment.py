@@ -1,26 +1,35 @@
 """Surroundings at their worst: signals at any moment, streams that take nothing, no home, no folder, no memory, odd terminals."""
 
 import ctypes
+import fcntl
+import json
 import os
+import pty
+import re
+import resource
 import runpy
+import select
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from toyllm.cli import endings
 from toyllm.cli.main import run as run_here
 from toyllm.models import gpt2
+from toyllm.models.location import embedded
 
 helpers = runpy.run_path(str(Path(__file__).parent / "processes.py"))
-run, start, environment, wait_until, asleep, GREEDY = (
-    helpers[name] for name in ("run", "start", "environment", "wait_until", "asleep", "GREEDY")
-)
+run, start, environment, wait_until, asleep = (helpers[name] for name in ("run", "start", "environment", "wait_until", "asleep"))
+COMMAND, GREEDY = helpers["COMMAND"], helpers["GREEDY"]
+EMBEDDED = embedded()
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 ONCE = ("generate", "Once upon a time", *GREEDY, "--max-tokens", "8")
 
@@ -244,3 +253,262 @@ def test_streams_that_are_closed_are_done_without(streams: tuple[int, ...]) -> N
     child = start(*ONCE, preexec_fn=lambda: [os.close(n) for n in streams])
     with child:
         assert (child.communicate(timeout=60)[0], child.returncode) == (run(*ONCE).out, 0)
+
+
+# Home, locale, interpreter
+
+
+@pytest.mark.parametrize("home", [None, "/proc", "nowhere", ""])
+def test_without_a_home_that_can_be_written_to_everything_runs(tmp_path: Path, home: str | None) -> None:
+    """/proc is a folder where not even root makes files."""
+    surroundings = environment(HOME=home, XDG_CACHE_HOME=None)
+    code, out, err = run(*ONCE, "--backend", "numpy", env=surroundings, cwd=tmp_path)
+    assert (code, out) == (0, run(*ONCE).out)
+    notes = err.decode().splitlines()
+    assert all(line.startswith("note: comp") for line in notes)
+    assert sum("compiled kernels are not kept" in line for line in notes) == (home == "/proc")
+    assert run("models", env=surroundings, cwd=tmp_path).err == b""
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
+    for arguments in (("tokenize", "☃é", "--json"), ("tokenize", "--json"), ("score", "--prompt", "☃é", "--json")):
+        plain, ascii_ = (run(*arguments, stdin="☃é".encode(), env=environment(**changes)) for changes in ({}, ASCII))
+        assert plain.code == 0
+        assert strip_times(ascii_.out) == strip_times(plain.out)
+    made = run("cut", str(tmp_path / "☃"), "--layers", "1", env=environment(**ASCII))
+    assert made.out.decode() == f"{tmp_path / '☃'}\n"
+    assert run("params", "-m", str(tmp_path / "☃"), env=environment(**ASCII)).code == 0
+
+
+def strip_times(document: bytes) -> dict[str, Any]:
+    found = json.loads(document)
+    found.pop("timings", None)
+    return found
+
+
+def test_bytes_that_are_no_text_are_refused_in_any_locale() -> None:
+    for changes in ({}, ASCII):
+        assert "lone surrogate" in run("tokenize", b"a\xff", env=environment(**changes)).error
+
+
+@pytest.mark.parametrize("switches", [["-O"], ["-bb"], ["-W", "error"]])
+def test_python_may_be_started_with_any_switch(switches: list[str]) -> None:
+    done = run(*ONCE, command=[sys.executable, *switches, "-m", "toyllm"])
+    assert done == (0, run(*ONCE).out, b"")
+    assert run("tokenize", "hi", "-m", "./nowhere", command=[sys.executable, *switches, "-m", "toyllm"]).error.startswith("./nowhere: ")
+
+
+def test_no_output_depends_on_the_order_of_hashes() -> None:
+    for arguments in (
+        ("trace", "Once upon", "-m", "tales-gpt-oss", "--layers", "0"),
+        ("card", "--full"),
+        ("models", "tales-gpt2", "--json"),
+    ):
+        first, second = (run(*arguments, env=environment(PYTHONHASHSEED=seed)) for seed in ("1", "2"))
+        assert first.code == 0
+        assert first == second
+
+
+# Terminals
+
+
+class OnTerminal:
+    """A run on a pseudo-terminal that is its own; `width` columns of 25 lines."""
+
+    def __init__(self, *arguments: str, width: int = 80, command: Sequence[str] = COMMAND, **changes: str | None) -> None:
+        self.screen, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (25, width))
+        self.before = termios.tcgetattr(self.screen)
+        self.child = start(
+            *arguments,
+            command=command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=environment(**{"TERM": "xterm", "INPUTRC": os.devnull, **changes}),
+        )
+        os.close(theirs)
+        self.shown = b""
+
+    def until(self, text: bytes = b"", seconds: float = 60) -> bytes:
+        """All that has been shown when `text` has been; by default at the end."""
+        end = time.monotonic() + seconds
+        while not text or text not in self.shown:
+            assert time.monotonic() < end, self.shown
+            if select.select([self.screen], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.screen, 4096)
+                except OSError:  # nobody writes to it any more
+                    assert not text, self.shown
+                    break
+        return self.shown
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
+        os.close(self.screen)
+
+
+SHOWN = [
+    ("generate", "Once upon", *GREEDY, "--max-tokens", "3"),
+    ("card", "--check", "-m", "tales-gpt2"),
+    ("dump-tensor", "--plot", "wpe.weight"),
+]
+
+
+@pytest.mark.parametrize("arguments", SHOWN, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("changes", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"TERM": None, "NO_COLOR": "1"}], ids=str)
+def test_a_terminal_that_wants_no_colours_gets_no_escapes(arguments: tuple[str, ...], changes: dict[str, str | None]) -> None:
+    with OnTerminal(*arguments, **changes) as on:
+        shown = on.until()
+        assert on.child.wait(60) == 0
+    assert b"\x1b" not in shown
+    assert b"Traceback" not in shown
+
+
+@pytest.mark.parametrize("width", [1, 1000])
+@pytest.mark.parametrize("arguments", [*SHOWN, ("trace", "Once upon"), ("generate", "--help")], ids=lambda a: a[0])
+def test_any_width_of_a_terminal_will_do(arguments: tuple[str, ...], width: int) -> None:
+    with OnTerminal(*arguments, width=width) as on:
+        shown = on.until()
+        assert on.child.wait(60) == 0
+    assert b"Traceback" not in shown
+    assert len(shown) > 20
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_terminal_is_left_as_it_was(number: signal.Signals) -> None:
+    """In the middle of a bar, which hides the cursor."""
+    script = "import os, signal\nfrom toyllm.cli import output\nfrom toyllm.cli.endings import ended_by_signals\n"
+    script += "with ended_by_signals(), output.byte_bar('reading') as progress:\n    progress(1, 10)\n    print('begun', flush=True)\n"
+    script += "    import time\n    time.sleep(30)\n"
+    with OnTerminal(command=[sys.executable, "-c", script]) as on:
+        on.until(b"begun")
+        on.child.send_signal(number)
+        shown = on.until()
+        assert on.child.wait(60) in (-2, 1, 130)
+        assert b"\x1b[?25l" in shown
+        assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l")
+        assert termios.tcgetattr(on.screen) == on.before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_chat_ends_at_its_prompt_and_gives_the_terminal_back(number: signal.Signals) -> None:
+    scripted = [sys.executable, str(Path(__file__).parents[1] / "harmony_model.py"), '["<|channel|>final<|message|>Hello.<|return|>"]']
+    with OnTerminal("chat", "-m", "scripted", *GREEDY, command=scripted) as on:
+        on.until(b"> ")
+        wait_until(lambda: asleep(on.child.pid))
+        time.sleep(0.1)
+        on.child.send_signal(number)
+        on.until()
+        assert on.child.wait(60) == 130
+        assert termios.tcgetattr(on.screen) == on.before
+
+
+def test_a_terminal_that_closes_ends_the_run_quietly(tmp_path: Path) -> None:
+    on = OnTerminal("generate", "Once upon a time", *GREEDY, "--max-tokens", "200", "--json", command=sleeping(tmp_path))
+    on.until(b"begun")
+    os.close(on.screen)
+    assert on.child.wait(60) == 130
+
+
+def sleeping(folder: Path) -> list[str]:
+    """A toyllm that says "begun" and takes a second over each token."""
+    script = "import time\nfrom toyllm.models import gpt2\nforward = gpt2.forward\n"
+    script += "def slow(*a):\n    print('begun', flush=True)\n    time.sleep(1)\n    forward(*a)\n"
+    script += "gpt2.forward = slow\nfrom toyllm.__main__ import main\nmain()\n"
+    (folder / "slow.py").write_text(script)
+    return [sys.executable, str(folder / "slow.py")]
+
+
+# Limits
+
+
+def limited(**limits: int) -> dict[str, Any]:
+    """Start the process with limits, by their names in `resource`."""
+    return {"preexec_fn": lambda: [resource.setrlimit(getattr(resource, name), (n, n)) for name, n in limits.items()]}
+
+
+def test_too_little_memory_is_refused_beforehand_with_the_figures(tmp_path: Path) -> None:
+    hollow = runpy.run_path(str(Path(__file__).parents[1] / "hollow.py"))
+    P, D, L = 300_000, 256, 4
+    config = hollow["GPT2"] | {"n_positions": P, "n_embd": D, "n_layer": L}
+    hollow["write"](tmp_path, config, hollow["gpt2"](L=L, D=D, P=P))
+    cache, GB = 2 * L * P * D * 4, 10**9
+    asked = ("generate", "--prompt-ids", "1 2", *GREEDY, "--max-tokens", "2", "-m", str(tmp_path), "--no-preload", "--backend", "numpy")
+    done = run(*asked, "--context", str(P), **limited(RLIMIT_AS=2 * GB))
+    said = done.err.decode().splitlines()
+    assert (done.code, done.out) == (1, b"")
+    found = re.fullmatch(
+        rf"error: --context {P}: the KV cache takes {cache / 1e9:.2f} GB, (\d\.\d\d) GB are free beside the weights; try --context (\d+)",
+        said[-1],
+    )
+    assert found
+    assert float(found[1]) < 2
+    assert said[0].startswith("memory ")
+    fits = run(*asked, "--context", str(int(found[2]) - 1000), **limited(RLIMIT_AS=2 * GB))
+    assert fits.code == 0, fits.err
+    mapped = (tmp_path / "model.safetensors").stat().st_size
+    refused = run(*asked, **limited(RLIMIT_AS=mapped + GB // 10)).error
+    assert re.search(r"GB to map, 0\.\d\d GB of address space left; raise the limit|MB of address space are left", refused)
+
+
+@pytest.mark.parametrize("megabytes", [150, 300, 450, 600])
+def test_however_little_the_address_space_a_run_works_or_says_so(megabytes: int) -> None:
+    done = run(*ONCE, **limited(RLIMIT_AS=megabytes * 10**6))
+    assert done.code in (0, 1)
+    if done.code:
+        assert re.search(r"out of memory, under a limit of|of address space are left", done.error)
+        assert f"{megabytes} MB" in done.error or "address space" in done.error
+
+
+def test_few_files_may_be_open_and_none_be_written() -> None:
+    whole = run(*ONCE)
+    assert run(*ONCE, **limited(RLIMIT_NOFILE=24)) == whole
+    assert run(*ONCE, **limited(RLIMIT_FSIZE=0))[:2] == whole[:2], "Numba may say that it cannot make a lock"
+    assert run(*ONCE, **limited(RLIMIT_STACK=512 * 1024)) == whole
+
+
+# Folders and names
+
+
+def test_a_current_folder_that_is_gone_or_read_only_matters_only_to_what_is_written_there(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    script = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from toyllm.__main__ import main; main()"
+    leave = [sys.executable, "-P", "-c", script]
+    for command, cwd in ((leave, None), ([sys.executable, "-P", "-m", "toyllm"], "/proc")):
+        for arguments, code in (
+            (ONCE, 0),
+            (("models", "--json"), 0),
+            (("cut", "out"), 1),
+            (("dump-tensor", "wte.weight", "--save", "x.npy"), 1),
+            (("params", "-m", "./x"), 1),
+        ):
+            gone.mkdir(exist_ok=True)
+            done = run(*arguments, command=command, cwd=cwd)
+            assert done.code == code
+            if code:
+                assert done.error
+
+
+NAME = "a\n\x1b[31m\u202e ☃"
+
+
+def test_a_model_may_lie_in_a_folder_of_any_name_and_the_name_steers_no_terminal(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED["tales-gpt2"], tmp_path / NAME)
+    (tmp_path / "inside").mkdir()
+    for name, cwd in ((str(tmp_path / NAME), None), (f"./{NAME}", tmp_path), (f"../{NAME}", tmp_path / "inside"), (".", tmp_path / NAME)):
+        for words in (["params"], ["check"], ["dump-tensor"], ["generate", "Once", "--max-tokens", "1", "--json", *GREEDY]):
+            done = run(*words, "-m", name, cwd=cwd, command=[sys.executable, "-P", "-m", "toyllm"])
+            assert done.code == 0, done
+            assert b"\x1b" not in done.out + done.err
+    for arguments in (("tokenize", "hi", "-m", str(tmp_path / NAME / "x")), ("cut", str(tmp_path / NAME), "--layers", "1")):
+        assert r"/a \x1b[31m\u202e ☃" in run(*arguments).error

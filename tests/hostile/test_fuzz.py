@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ..fuzz.__main__ import LEGS, main
 from ..fuzz.leg import Find, Leg, Trial, run, scratch_folder
 
-FEW = {"configs": 30, "weights": 15, "kernels": 20}  # trials of the legs that run kernels; 60 of the others
+FEW = {"configs": 30, "weights": 5, "kernels": 15, "cards": 30, "tokenizers": 20}  # trials of legs that take long; 60 of the others
 
 
 @pytest.fixture(scope="module")

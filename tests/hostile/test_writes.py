@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import runpy
 import shutil
 import stat
@@ -71,6 +72,17 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         last = err.decode().splitlines()[-1]
         assert last.startswith(f"error: {name}: "), "and nothing is left, which would be listed behind it"
         assert "cannot be written (No space left on device)" in last or "free on this disk" in last
+
+
+def test_a_session_that_cannot_be_written_stays_what_it_was(tmp_path: Path) -> None:
+    asked = ("generate", "Once upon a time", "--temperature", "0", "--max-tokens", "4", "--session", str(tmp_path / "x.session"))
+    assert run(*asked).code == 0
+    before = (tmp_path / "x.session").read_bytes()
+    size = len(before) // 2
+    done = run(*asked, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert done.code == 1
+    assert done.err.decode().splitlines()[-1] == f"error: {tmp_path / 'x.session'}: cannot be written (File too large)"
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 # What is there already

@@ -57,7 +57,7 @@ def test_gpt2_goes_on_as_a_plain_run_over_the_ids_that_are_kept(keep: int, lengt
 
 
 def test_each_shift_is_told_before_the_token_that_it_makes_room_for() -> None:
-    events = list(generate(tales(), some_ids(tales(), 10), replace(GREEDY, max_tokens=100), 40, keep=4))
+    events = list(tales().generate(some_ids(tales(), 10), replace(GREEDY, max_tokens=100), 40, keep=4))
     at = [i for i, event in enumerate(events) if event.shift]
     assert [events[i].shift for i in at] == [Shift(40, 4, 18, 18)] * 4
     assert [sum(1 for event in events[:i] if event.token) for i in at] == [31, 49, 67, 85], "room for 40, and for 18 more each time"

@@ -93,18 +93,46 @@ def test_without_a_mark_a_window_that_has_moved_on_is_read_anew(small: Model) ->
     held = fresh(small, ids[:50], 512)
     held.mark()
     one_by_one(held, ids[50:])
-    assert held.step_back(40) == 0, "the mark lies behind"
+    assert held.step_back(40) == 0, "the mark lies behind it"
     np.testing.assert_array_equal(bits(held.read(ids)), bits(Held(small, 512).read(ids)))
 
 
 def test_a_mark_costs_the_windows_and_nothing_else(small: Model) -> None:
     held = fresh(small, some_ids(small, 200), 512)
     held.mark()
-    assert held._mark
-    sizes = [sum(array.nbytes for array in state[1:]) if state else 0 for state in held._mark[1]]
+    ((length, states),) = held._marks
+    assert length == 200
+    sizes = [sum(array.nbytes for array in state[1:]) if state else 0 for state in states]
     cell = 2 * 2 * 16 * 4  # a layer's keys and values of two heads of 16
     assert sizes == [WINDOW * cell if windowed(member) else 0 for member in members(held.cache)]
     assert sum(sizes) == WINDOW * cell
+
+
+def test_the_first_mark_and_the_latest_are_kept(small: Model) -> None:
+    ids = some_ids(small, 200)
+    held = Held(small, 512)
+    for i in range(0, 200, 50):
+        held.read(ids[i : i + 50])
+        held.mark()
+    assert held.step_back(120) == 50, "those at 100 and 150 have made way for the one at 200"
+    np.testing.assert_array_equal(bits(held.read([9])), bits(fresh(small, ids[:50], 512).read([9])))
+
+
+def test_the_opening_is_marked_when_it_is_read_and_found_again(small: Model) -> None:
+    ids, other = some_ids(small, 100), some_ids(small, 100, 2)
+    held = Held(small, 512, opening=30)
+    np.testing.assert_array_equal(bits(held.read(ids)), bits(Held(small, 512).read(ids)))
+    for seed in (3, 4):
+        one_by_one(held, other)
+        rest = [(ids[30] + seed) % small.vocab_size, *some_ids(small, 60, seed)]
+        assert held.resume([*ids[:30], *rest]) == 30
+        np.testing.assert_array_equal(bits(held.read(rest)), bits(fresh(small, ids[:30], 512).read(rest)))
+    full, marked = Held(small, 64), Held(small, 64, opening=30)
+    for each in (full, marked):
+        one_by_one(each, [*ids[:30], *other[:34]])
+        each.shift(32)
+    assert marked.resume(ids) == 30, "what is kept of a full context keeps its mark"
+    assert full.resume(ids) == 0
 
 
 @pytest.mark.parametrize("where", ["remove", "restore"])

@@ -286,6 +286,7 @@ def test_a_session_of_another_model_is_refused_and_stays(tmp_path: Path) -> None
     [
         ({"cache_dtype": "bf16"}, "made with --cache-dtype f32, and this run has bf16"),
         ({"weights": "q8"}, "made with --weights stored, and this run has q8"),
+        ({"exact": True}, "made with --exact no, and this run has yes"),
         ({"activations": "bf16"}, "made with --activations f32, and this run has bf16"),
         ({"moe": "budget"}, r"made with --moe auto, and this run has budget, --tokens-per-expert-ratio 1\.0"),
     ],

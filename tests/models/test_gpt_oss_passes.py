@@ -225,7 +225,7 @@ def test_sliding_layers_of_the_20b_stay_small() -> None:
     [
         ({"moe": "sparse"}, "--moe sparse: expected one of auto, single, grouped, all, budget"),
         ({"tokens_per_expert_ratio": 0.0}, "--tokens-per-expert-ratio 0.0: expected a number above 0"),
-        ({"cache_dtype": "f16"}, "--cache-dtype f16: expected f32 or bf16"),
+        ({"cache_dtype": "f16"}, "--cache-dtype f16: expected f32 or bf16 or q8"),
         ({"prefill_chunk": 0}, "--prefill-chunk 0: expected at least 1"),
     ],
 )

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from random import Random
 
-from . import cards, configs, headers, indexes, kernels, slices, streams, tokenizers, weights
+from . import batches, cards, configs, headers, indexes, kernels, sessions, slices, streams, tokenizers, weights
 from .leg import Leg, Result, run, scratch_folder
 
 LEGS: dict[str, Leg] = {
@@ -21,6 +21,8 @@ LEGS: dict[str, Leg] = {
     "streams": streams.LEG,
     "tokenizers": tokenizers.LEG,
     "cards": cards.LEG,
+    "sessions": sessions.LEG,
+    "batches": batches.LEG,
     "weights": weights.LEG,
     "kernels": kernels.LEG,
 }

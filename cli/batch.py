@@ -52,7 +52,7 @@ def answer_file(model: str, batching: dict[str, Any], given: dict[str, Any], run
         todo = [read_line(n, text, loaded, base, samples, special, context) for n, text in enumerate(lines, 1) if n > answers.done]
         took = Took(time.perf_counter() - began)
         try:
-            with output.count_bar("answering", "prompts") as bar:
+            with output.count_bar("answering", "prompts", wanted=path is not None or not sys.stdout.isatty()) as bar:
 
                 def progress() -> None:
                     bar(answers.done, len(lines), f"{took.rate:.1f} tok/s")

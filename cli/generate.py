@@ -14,7 +14,7 @@ from . import output
 from .batching import BATCHING, check_batching
 from .changing import CHANGING, changes_entry, read_changes
 from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
-from .lasting import LASTING, check_lasting, kept_in, note_forgotten, note_shift, open_session, remembered, talk_of
+from .lasting import LASTING, STEP_BACK, check_lasting, kept_in, note_forgotten, note_shift, open_session, remembered, talk_of
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
 from .running import load, memory_told, mixture_rows, settings_entry, show_memory
@@ -117,7 +117,7 @@ def generate(
         note_ending(plan.conversation, run.result)
     if stats:
         show_stats(loaded, run.result, timings, time.perf_counter() - began)
-        show_memory(loaded, plan.room)
+        show_memory(loaded, plan.room, keep=STEP_BACK if file and not chat else 0)
 
 
 def check_chat(context: typer.Context, chat: bool) -> None:
@@ -176,7 +176,7 @@ def continuation(
     keep = (int(ids[0] in loaded.config.bos_token_id) if lasting["keep"] is None else lasting["keep"]) if lasting["context_shift"] else None
     if changes:
         loaded = loaded.changed(changes, len(ids), max(len(ids), min(len(ids) + settings.max_tokens, room)))
-    held = Held(loaded, room) if file else None
+    held = Held(loaded, room, back=STEP_BACK) if file else None
     if held and file and file.session:
         held.restore(file.session.ids, file.session.states)
     return Plan(loaded, ids, settings, room, generate(loaded, ids, settings, room, held, keep), held, keep)

@@ -31,18 +31,18 @@ class Samples:
     context: int
     room: tuple[int, int]  # how many sequences run together, and the positions of each
 
-    def answers(self, took: Took) -> "Iterator[Answer]":
-        """The samples in their order, counted. Raises the error of one that could not be drawn."""
+    def answers(self, took: Took, bar: bool) -> "Iterator[Answer]":
+        """The samples in their order, counted, and a bar, if wanted. Raises the error of one that could not be drawn."""
         from ..models.batch import Request
 
         first = self.settings.seed or 0
         requests = [Request(self.prompt, replace(self.settings, seed=(first + i) % 2**63), i) for i in range(self.count)]
         ready: dict[int, Answer] = {}
         told = 0
-        with output.count_bar("sampling", "samples") as bar:
+        with output.count_bar("sampling", "samples", bar) as show:
 
             def progress() -> None:
-                bar(told, self.count, f"{took.rate:.1f} tok/s")
+                show(told, self.count, f"{took.rate:.1f} tok/s")
 
             for answer in answered(self.model, requests, self.context, self.room, took, progress):
                 if answer.error:
@@ -80,7 +80,7 @@ def plan(
 def show(samples: Samples, began: float, json: bool, stats: bool, logprobs: bool) -> None:
     """Draw the samples and print them: a document, or each one's text in their order, behind a dim line on stderr that says which it is."""
     took, found = Took(time.perf_counter() - began), []
-    for answer in samples.answers(took):
+    for answer in samples.answers(took, bar=json):
         found.append(answer)
         if not json:
             show_text(samples, answer, logprobs)
@@ -95,7 +95,8 @@ def show_text(samples: Samples, answer: "Answer", logprobs: bool) -> None:
     """One sample."""
     seed = f", seed {answer.request.settings.seed}" if samples.settings.temperature else ""
     output.say_dimmed(f"sample {answer.request.key + 1} of {samples.count}{seed}\n")
-    output.say_dimmed(opening(samples.model, samples.prompt))
+    if before := opening(samples.model, samples.prompt):
+        output.say_dimmed(before)
     output.write((output.printable(answer.text) if sys.stdout.isatty() else answer.text) + "\n")
     if logprobs:
         show_logprobs(samples.model, list(answer.tokens))

@@ -172,7 +172,8 @@ class Model:
             cache.start_forward(positions[first:last], sequences[first:last])
             at = positions[first:last]
             tap = Tap(at, taps, writes) if taps or writes else None
-            self.family.forward(self.weights, self.config, self.kernels, self._buffers, tokens[first:last], at, cache, wanted, tap)
+            with np.errstate(all="ignore"):  # NaN and infinity come from the weights; NumPy would warn of them over several lines
+                self.family.forward(self.weights, self.config, self.kernels, self._buffers, tokens[first:last], at, cache, wanted, tap)
         return logits
 
     def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,33 @@ def test_a_models_ids_are_its_text_where_it_has_no_tokenizer(toyllm: Any, writte
     assert code == 1
     assert first["text"] is None
     assert "no tokenizer" in second["error"]
+
+
+def on_screen(process: Any, *arguments: str) -> tuple[str, str]:
+    """What goes to a stdout that is a pipe, and to a stderr that is a terminal."""
+    ours, theirs = os.openpty()
+    child = process(*arguments, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the terminal's other end is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert child.wait() == 0
+    return child.stdout.read().decode(), shown.decode()
+
+
+def test_a_bar_with_its_rate_is_on_the_terminal_and_the_answers_are_not(written: Any, process: Any) -> None:
+    out, err = on_screen(process, "generate", "--input", written(*mixed(12)))
+    assert len(documents(out)) == 12
+    assert re.search(r"\d+/12.*prompts.*tok/s", err)
+    assert '"schema"' not in err
+
+
+def test_samples_are_shown_without_a_bar_in_their_way(process: Any) -> None:
+    out, err = on_screen(process, "generate", "Once", "-n", "2", "--max-tokens", "3", "--seed", "1")
+    assert out.count("\n") == 2
+    assert err == "\x1b[2msample 1 of 2, seed 1\r\n\x1b[0m\x1b[2msample 2 of 2, seed 2\r\n\x1b[0m"
 
 
 # Seeds

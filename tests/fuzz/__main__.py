@@ -5,12 +5,13 @@ python -m tests.fuzz headers --seed 1 --only 1234       the traceback of one tri
 """
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from random import Random
 
-from . import cards, configs, headers, indexes, kernels, slices, streams, tokenizers, weights
+from . import batches, cards, configs, headers, indexes, kernels, sessions, slices, streams, tokenizers, weights
 from .leg import Leg, Result, run, scratch_folder
 
 LEGS: dict[str, Leg] = {
@@ -21,6 +22,8 @@ LEGS: dict[str, Leg] = {
     "streams": streams.LEG,
     "tokenizers": tokenizers.LEG,
     "cards": cards.LEG,
+    "sessions": sessions.LEG,
+    "batches": batches.LEG,
     "weights": weights.LEG,
     "kernels": kernels.LEG,
 }
@@ -75,4 +78,5 @@ def report(name: str, seed: int, result: Result) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("toyllm").setLevel(logging.CRITICAL)  # notes on damaged files, thousands of them
     sys.exit(main())

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,7 +42,8 @@ class Result:
 def run(leg: Leg, seed: int, trials: range, seconds: float | None = None, progress: Callable[[int], None] = lambda _: None) -> Result:
     """Trials of a leg by number, each with its own random numbers, so that any of them can be had again alone."""
     result, start = Result(), time.perf_counter()
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")  # a person would see it on the terminal, over several lines
         trial = leg.prepare(folder)
         for number in trials:
             try:

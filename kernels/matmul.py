@@ -23,6 +23,9 @@ the portable kernel by input: a row of w after the other 10 GB/s, four at once 1
 blocks of 480 inputs packed for the first-level cache, sums in memory between: 77-89 GFLOP/s against 108 without: not kept.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from numba import get_num_threads, prange
@@ -237,12 +240,11 @@ def check_matrix(name: str, w: np.ndarray) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def matmul(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """X · w + bias for x f32 [M, K], w [K, N] (f32, F16 or BF16, C-contiguous or a transpose), bias f32 [N]: a new f32 [M, N].
-
-    Raises ToyllmError for other dtypes, shapes and strides.
-    """
-    K, N = check_matrix("w", w)
+def checked_product(
+    kernel: Callable[..., None], x: np.ndarray, shape: tuple[int, int], w: tuple[Any, ...], bias: np.ndarray | None
+) -> np.ndarray:
+    """What `kernel` makes of x, checked against the shape [K, N] of w, which has been checked, and bias: a new f32 [M, N]."""
+    K, N = shape
     M, _ = check_array("x", x, (None, K))
     if bias is None:
         bias = NO_BIAS
@@ -250,7 +252,15 @@ def matmul(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.n
         check_array("bias", bias, (N,))
     out = np.zeros((M, N), np.float32)
     if M and N and K:
-        matmul_kernel(x, w, bias, out, thread_scratch(panels_for(K)))
+        kernel(x, *w, bias, out, thread_scratch(panels_for(K)))
     elif bias.size:
         out += bias
     return out
+
+
+def matmul(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """X · w + bias for x f32 [M, K], w [K, N] (f32, F16 or BF16, C-contiguous or a transpose), bias f32 [N]: a new f32 [M, N].
+
+    Raises ToyllmError for other dtypes, shapes and strides.
+    """
+    return checked_product(matmul_kernel, x, check_matrix("w", w), (w,), bias)

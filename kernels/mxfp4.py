@@ -23,12 +23,12 @@ from .checks import check_array
 from .errors import ToyllmError
 from .fp4 import BLOCK, CODES, SCALES, dequantize_reference
 from .jit import kernel
-from .matmul import NO_BIAS, OUTPUTS, ROWS, multiply_panel
-from .simd.fp4 import expand_row, fp4_tile
-from .threads import thread_scratch
+from .matmul import OUTPUTS, ROWS, checked_product, multiply_panel
+from .simd.blocks import blocks_tile
+from .simd.fp4 import FP4, expand_row
 
-one_rows, one_row = fp4_tile(ROWS), fp4_tile(1)
-two_rows, two_row = fp4_tile(ROWS, 2), fp4_tile(1, 2)  # for two rows of x
+one_rows, one_row = blocks_tile(FP4, ROWS), blocks_tile(FP4, 1)
+two_rows, two_row = blocks_tile(FP4, ROWS, 2), blocks_tile(FP4, 1, 2)  # for two rows of x
 STRAIGHT = 4  # rows of x for which W is not worth expanding
 U8 = np.dtype(np.uint8)
 
@@ -167,14 +167,4 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray | None = 
 def matmul_mxfp4(x: np.ndarray, blocks: np.ndarray, scales: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """x · Wᵀ + bias for x f32 [M, K] and W [N, K] in MXFP4: a new f32 [M, N]. Raises ToyllmError on other arrays."""
     N, K = check_mxfp4(blocks, scales)
-    M, _ = check_array("x", x, (None, K))
-    if bias is None:
-        bias = NO_BIAS
-    else:
-        check_array("bias", bias, (N,))
-    out = np.zeros((M, N), np.float32)
-    if M and N and K:
-        matmul_mxfp4_kernel(x, blocks, scales, bias, out, thread_scratch(OUTPUTS * K))
-    elif bias.size:
-        out += bias
-    return out
+    return checked_product(matmul_mxfp4_kernel, x, (K, N), (blocks, scales), bias)

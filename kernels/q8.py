@@ -36,10 +36,12 @@ from .dtypes import F16, bits, to_f16, widen
 from .elementary import f16_bits, value
 from .errors import ToyllmError
 from .jit import kernel
-from .matmul import NO_BIAS, OUTPUTS, ROWS, check_matrix, multiply_panel, panels_for
+from .matmul import OUTPUTS, ROWS, check_matrix, checked_product, multiply_panel
 from .rounding import LARGEST, SMALLEST, round_block
+from .simd.blocks import blocks_tile
 from .simd.ir import LANES
-from .simd.q8 import expand_row, q8_tile, quantize_blocks, quantize_rest, transpose
+from .simd.q8 import Q8 as Q8_BLOCKS
+from .simd.q8 import expand_row, quantize_blocks, quantize_rest, transpose
 from .simd.sums import products
 from .threads import thread_scratch
 
@@ -48,8 +50,8 @@ COLUMNS = 64  # outputs of a task, by input: a cache line or more of each row of
 ONE, HALF = np.float32(1), np.float32(0.5)
 I8 = np.dtype(np.int8)
 
-one_rows, one_row = q8_tile(ROWS), q8_tile(1)
-two_rows, two_row = q8_tile(ROWS, 2), q8_tile(1, 2)  # for two rows of x
+one_rows, one_row = blocks_tile(Q8_BLOCKS, ROWS), blocks_tile(Q8_BLOCKS, 1)
+two_rows, two_row = blocks_tile(Q8_BLOCKS, ROWS, 2), blocks_tile(Q8_BLOCKS, 1, 2)  # for two rows of x
 STRAIGHT = 5  # rows of x for which w' is not worth expanding
 
 
@@ -193,17 +195,17 @@ def _few(x, values, scales, bias, out):
         for m in range(0, M - 1, 2):
             x_m, y = x_at + m * K * 4, y_at + (m * N + first) * 4
             if last - first == ROWS:
-                two_rows(w, K, s, n * 2, x_m, 4 * K, n, y, 4 * N)
+                two_rows(w, K, s, n * 2, 0, x_m, 4 * K, n, y, 4 * N)
             else:
                 for j in range(last - first):
-                    two_row(w + j * K, 0, s + j * n * 2, 0, x_m, 4 * K, n, y + 4 * j, 4 * N)
+                    two_row(w + j * K, 0, s + j * n * 2, 0, 0, x_m, 4 * K, n, y + 4 * j, 4 * N)
         if M % 2:
             x_m, y = x_at + (M - 1) * K * 4, y_at + ((M - 1) * N + first) * 4
             if last - first == ROWS:
-                one_rows(w, K, s, n * 2, x_m, 0, n, y, 0)
+                one_rows(w, K, s, n * 2, 0, x_m, 0, n, y, 0)
             else:
                 for j in range(last - first):
-                    one_row(w + j * K, 0, s + j * n * 2, 0, x_m, 0, n, y + 4 * j, 0)
+                    one_row(w + j * K, 0, s + j * n * 2, 0, 0, x_m, 0, n, y + 4 * j, 0)
         if bias.size:
             for m in range(M):
                 for j in range(first, last):
@@ -268,15 +270,4 @@ def check_q8(name: str, w: Q8) -> tuple[int, int]:
 
 def matmul_q8(x: np.ndarray, w: Q8, bias: np.ndarray | None = None) -> np.ndarray:
     """x · w' + bias for x f32 [M, K], w [K, N] in 8 bits, bias f32 [N]: a new f32 [M, N]. Raises ToyllmError on other arrays."""
-    K, N = check_q8("w", w)
-    M, _ = check_array("x", x, (None, K))
-    if bias is None:
-        bias = NO_BIAS
-    else:
-        check_array("bias", bias, (N,))
-    out = np.zeros((M, N), np.float32)
-    if M and N and K:
-        matmul_q8_kernel(x, w, bias, out, thread_scratch(panels_for(K)))
-    elif bias.size:
-        out += bias
-    return out
+    return checked_product(matmul_q8_kernel, x, check_q8("w", w), (w,), bias)

@@ -4,13 +4,13 @@ An integer times its scale has at most 19 bits: it is exact in f32, so the value
 makes them.
 """
 
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .blocks import Blocks
 from .ir import (
     ITEM_BYTES,
     LANES,
@@ -18,17 +18,13 @@ from .ir import (
     decode_q8,
     f16,
     f32,
-    fma,
-    horizontal_sums,
     i8,
     i32,
     integer,
     lanes_below,
-    load,
     load_weights,
     loop,
     pointer,
-    prefetch,
     shuffle,
     splat,
     storage,
@@ -37,42 +33,14 @@ from .ir import (
 )
 
 LEAST = 2.0**-126  # of d, to be divided by: below, 1 / d may be infinite; such a scale is 0 either way
-AHEAD = 16384  # bytes of integers before their use that they are asked for
 
 
-@cache
-def q8_tile(outputs: int, tokens: int = 1) -> Any:
-    """The intrinsic for `outputs` rows of w and `tokens` rows of x.
+def decode(b, codes, scale, table):
+    """Two vectors of f32 from a block's 32 integers and its scale, in order."""
+    return decode_q8(b, codes, scale)
 
-    tile(w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride): addresses of integers and scales, of x and of the outputs, with
-    their bytes from row to row; n blocks a row.
-    """
 
-    @intrinsic
-    def tile(typing, w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride):
-        def generate(context, b, signature, arguments):
-            w_at, w_stride, s_at, s_stride, x_at, x_stride, n, y_at, y_stride = arguments
-            rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
-            scales = [b.add(s_at, b.mul(s_stride, integer(j))) for j in range(outputs)]
-            inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
-            i, sums, close = loop(b, integer(0), n, 1, [splat(f32, 0.0)] * (outputs * tokens))
-            x = [b.add(at, b.mul(i, integer(128))) for at in inputs]
-            halves = [(load(b, at, f32), load(b, b.add(at, integer(64)), f32)) for at in x]
-            new = []
-            for j, (row, scale_row) in enumerate(zip(rows, scales, strict=True)):
-                at = b.add(row, b.mul(i, integer(2 * LANES)))
-                prefetch(b, b.add(at, integer(AHEAD)))
-                low, high = decode_q8(b, at, b.add(scale_row, b.mul(i, integer(2))))
-                for m, (first, second) in enumerate(halves):
-                    new.append(fma(b, high, second, fma(b, low, first, sums[j * tokens + m])))
-            sums = close(new)
-            for m in range(tokens):
-                store(b, horizontal_sums(b, sums[m::tokens]), b.add(y_at, b.mul(y_stride, integer(m))))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 9), generate
-
-    return tile
+Q8 = Blocks(2 * LANES, 2, 16384, decode)
 
 
 @intrinsic

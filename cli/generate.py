@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import output
+from .batching import BATCHING, check_batching
 from .changing import CHANGING, changes_entry, read_changes
 from .conversing import CHATTING, begin, check_chatting, message_entry, messages_shown, note_ending
-from .lasting import LASTING, check_lasting, kept_in, note_forgotten, note_shift, open_session, remembered, talk_of
+from .lasting import LASTING, STEP_BACK, check_lasting, kept_in, note_forgotten, note_shift, open_session, remembered, talk_of
 from .options import DEFAULT_MODEL, RUNNING, SAMPLING, Json, Model, PromptIds, Stats, option, takes
 from .prompt import read_prompt
 from .running import load, memory_told, mixture_rows, settings_entry, show_memory
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ..models.session import SessionFile
 
 
-@takes(chatting=CHATTING, lasting=LASTING, sampling=SAMPLING, changing=CHANGING, running=RUNNING)
+@takes(chatting=CHATTING, lasting=LASTING, batching=BATCHING, sampling=SAMPLING, changing=CHANGING, running=RUNNING)
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -44,6 +45,7 @@ def generate(
     *,
     chatting: dict[str, Any],
     lasting: dict[str, Any],
+    batching: dict[str, Any],
     sampling: dict[str, Any],
     changing: dict[str, Any],
     running: dict[str, Any],
@@ -57,21 +59,41 @@ def generate(
     and continuation; negative ones count back from the prompt's end.
 
     What a prompt begins with is not read again where the file of --session has it; an empty prompt goes on where that ends.
+
+    A line of --input is a JSON object: prompt or prompt_ids; id, which its answer repeats; and max_tokens, temperature, top_k, top_p,
+    min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, stop, logprobs and n, the samples wanted, where they differ
+    from the options. A line's seed follows from the run's and the line's number. Answers are JSON documents, a line each, in the order
+    of the prompts, and the same whatever runs beside them; what is wrong with a line is its answer, and exit code 1 in the end. The
+    same command again goes on with the lines that the output does not have.
     """
     began = time.perf_counter()
     check_chat(context, chat)
+    check_batching(context)
     said = check_chatting(context, chatting) if chat else None
-    text_or_ids = read_prompt(context, prompt, prompt_ids)
+    many = batching["input"] is not None
+    text_or_ids = "" if many else read_prompt(context, prompt, prompt_ids)
 
     from ..models.generation import check_bounds
 
     logprobs = sampling["logprobs"]
-    given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if json and logprobs is None else logprobs}
+    given = sampling | {"stop": tuple(sampling["stop"] or ()) or None, "logprobs": 0 if (json or many) and logprobs is None else logprobs}
     check_bounds(given)
+    if many:
+        from .batch import answer_file
+
+        answer_file(model, batching, given, running, not no_special, stats)
+        return
     changes = read_changes(context, changing)
     check_lasting(context, lasting, bool(changes))
     loaded = load(model, running, changes)
     wanted = running["context_size"]
+    if batching["samples"] > 1:
+        from .samples import plan as several
+        from .samples import show
+
+        samples = several(loaded, text_or_ids, not no_special, given, wanted, changes, batching)
+        show(samples, began, json, stats, logprobs is not None)
+        return
     with memory_told(loaded):
         file = open_session(loaded, lasting, chat)
         if said:
@@ -95,7 +117,7 @@ def generate(
         note_ending(plan.conversation, run.result)
     if stats:
         show_stats(loaded, run.result, timings, time.perf_counter() - began)
-        show_memory(loaded, plan.room)
+        show_memory(loaded, plan.room, keep=STEP_BACK if file and not chat else 0)
 
 
 def check_chat(context: typer.Context, chat: bool) -> None:
@@ -154,7 +176,7 @@ def continuation(
     keep = (int(ids[0] in loaded.config.bos_token_id) if lasting["keep"] is None else lasting["keep"]) if lasting["context_shift"] else None
     if changes:
         loaded = loaded.changed(changes, len(ids), max(len(ids), min(len(ids) + settings.max_tokens, room)))
-    held = Held(loaded, room) if file else None
+    held = Held(loaded, room, back=STEP_BACK) if file else None
     if held and file and file.session:
         held.restore(file.session.ids, file.session.states)
     return Plan(loaded, ids, settings, room, generate(loaded, ids, settings, room, held, keep), held, keep)

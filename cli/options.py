@@ -64,7 +64,10 @@ SAMPLING: Group = {
 RUNNING: Group = {
     "context_size": number(int, "Positions of the KV cache: prompt and continuation.", "--context", shown="the model's, or what fits"),
     "prefill_chunk": (Annotated[int, option("Tokens of the prompt a pass.", "--prefill-chunk")], 512),
-    "cache_dtype": (Annotated[str, option("How keys and values are kept: f32 or bf16.", "--cache-dtype")], "f32"),
+    "cache_dtype": (
+        Annotated[str, option("How keys and values are kept: f32, bf16, or q8 (8 bits).", "--cache-dtype")],
+        "f32",
+    ),
     "moe": (
         Annotated[str, option("How experts are mixed: auto, single, grouped, all, or budget (which drops some).", "--moe")],
         "auto",

@@ -105,9 +105,12 @@ def token_bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 
 @contextmanager
-def count_bar(label: str, unit: str | None) -> Iterator[Callable[..., None]]:
-    """A bar of counts of a unit; of bytes where it is None. progress(done, total, note) shows a note behind them."""
-    if not colours(sys.stderr):
+def count_bar(label: str, unit: str | None, wanted: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar of counts of a unit; of bytes where it is None. progress(done, total, note) shows a note behind them.
+
+    Off a terminal, or where it is not `wanted`, nothing is shown.
+    """
+    if not (wanted and colours(sys.stderr)):
         yield lambda done, total, note="": None  # noqa: ARG005
         return
     from rich.console import Console
@@ -124,7 +127,8 @@ def count_bar(label: str, unit: str | None) -> Iterator[Callable[..., None]]:
     amount = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
     described, noted = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False)
     columns = (described, BarColumn(), *amount, TimeRemainingColumn(), noted)
-    bar, task = Progress(*columns, console=Console(stderr=True), transient=True), None
+    # Rich would take what goes to stdout meanwhile, and print it on stderr.
+    bar, task = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False), None
 
     def progress(done: int, total: int, note: str = "") -> None:
         nonlocal task

@@ -9,7 +9,7 @@ import typer
 
 from . import output
 from .models import size_text
-from .options import DEFAULT_MODEL, RUNNING, Json, Model, option, takes
+from .options import DEFAULT_MODEL, RUNNING, Json, Model, number, option, takes
 from .running import memory_lines
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from ..models.parts import Part
 
 DEPTH = 16  # of the tree: no model's names have more parts, a hostile file's may
-PLANNING = {name: RUNNING[name] for name in ("context_size", "cache_dtype", "prefill_chunk", "weights")}
+PLANNING = {
+    **{name: RUNNING[name] for name in ("context_size", "cache_dtype", "prefill_chunk", "weights")},
+    "batch_size": number(int, "Sequences that run together, each with that context.", "--batch-size", metavar="N", shown="1"),
+}
 
 
 @takes(planning=PLANNING)
@@ -63,7 +66,8 @@ def params(
     from ..models.params import anatomy
 
     a = anatomy(model_files(model, config))
-    run = memory.running(a, planning["context_size"], planning["cache_dtype"], planning["prefill_chunk"], planning["weights"])
+    context_size, sequences = planning["context_size"], 1 if planning["batch_size"] is None else planning["batch_size"]
+    run = memory.running(a, context_size, planning["cache_dtype"], planning["prefill_chunk"], planning["weights"], sequences)
     cut = parts.split(a, fractions(split)) if split is not None else parts.shards(a, shards) if shards is not None else []
     if json:
         output.write_json("params", {"model": model if config is None else str(config), **document(a, run, cut, bandwidth, tree)})
@@ -229,6 +233,7 @@ def show_memory(a: "Anatomy", run: "Running", bandwidth: float | None) -> None:
     output.write("".join(line + "\n" for line in memory_lines(pieces)) + "\n")
     settings = f"{run.context:,} positions, keys and values in {run.cache_dtype}, prompts by {run.prefill_chunk}"
     settings += ", dense weights in 8 bits" if run.weights == "q8" else ""
+    settings += f", {run.sequences} sequences together" if run.sequences > 1 else ""
     facts = [row for row in running_rows(part_figures(a, part, run, bandwidth)) if row[1]]
     output.table(("running", ""), [("context", settings), *facts])
 

@@ -86,11 +86,11 @@ def memory_lines(pieces: "Iterable[Allocation]") -> list[str]:
     return output.table_lines(("memory", *kinds, "status"), rows, right=range(1, len(kinds) + 1))
 
 
-def show_memory(loaded: "Model", room: int, sequences: int = 1) -> None:
-    """What a run of so many positions a sequence allocated, to stderr."""
+def show_memory(loaded: "Model", room: int, sequences: int = 1, keep: int = 0) -> None:
+    """What a run of so many positions a sequence allocated, to stderr; `keep` as in `Model.new_cache`."""
     from ..models.memory import ALLOCATED, KINDS, mark, of_model
 
-    pieces = of_model(loaded, room, sequences)
+    pieces = of_model(loaded, room, sequences, keep)
     for kind in KINDS:
         pieces = mark(pieces, kind, ALLOCATED)
     output.say("\n".join(memory_lines(pieces)))

@@ -5,7 +5,8 @@
 With a sink S_h the softmax has one more term, exp(S_h), and no value for it: the weights sum to less than 1 (gpt-oss; Xiao et al. 2023,
 arXiv:2309.17453). sinks f32 [H], or [0] for none.
 
-q, out f32 [T, H, Dh]; keys, values f32 or bf16 [G, C, Dh], the cache of one layer, C cells in any order; head h reads key/value head
+q, out f32 [T, H, Dh]; keys, values [G, C, W], the cache of one layer as `kernels.cells` stores rows of Dh: f32, bf16 or 8 bits, which are
+widened exactly as they are read, so that these give the bits of the f32 they stand for; C cells in any order; head h reads key/value head
 h // (H / G) (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). cells i32 [·] names the cells in position
 order; query t sees cells[begin[t] : end[t]], at least one. No T x S matrix exists: keys come in blocks of 64, and the softmax
 is kept up to date from block to block (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867).
@@ -25,14 +26,15 @@ import numba
 import numpy as np
 from numba import prange
 
-from .checks import check_array
-from .dtypes import BF16, F32, widen
-from .elementary import exp, value
+from .cells import DTYPES, I8, load, width
+from .checks import check_array, check_number
+from .elementary import exp, scale_at, value
 from .errors import ToyllmError
 from .host import supports
 from .jit import inline, kernel
 from .simd.ir import LANES
-from .simd.tiles import axpy_tile, dot_tile, largest
+from .simd.sums import largest, products, total
+from .simd.tiles import axpy_tile, dot_tile
 from .threads import thread_scratch
 
 BLOCK = 64  # keys a block
@@ -46,7 +48,13 @@ LOWEST = np.float32(np.finfo(np.float32).min)  # the maximum of no scores: finit
 
 dot_keys, dot_key = dot_tile(KEYS, 1), dot_tile(1, 1)
 dot_keys_rows, add_values_rows = dot_tile(KEYS, TILE), axpy_tile(VALUES // LANES, TILE, onto=True)
-add_values, add_rest = axpy_tile(VALUES // LANES, 1, onto=True), axpy_tile(1, 1, partial=True, onto=True)
+add_values = axpy_tile(VALUES // LANES, 1, onto=True, asks=False)
+add_rest = axpy_tile(1, 1, partial=True, onto=True, asks=False)
+
+
+def _numbers(stored: np.ndarray, Dh: int) -> np.ndarray:
+    """As `cells.load`, and f64 as it is."""
+    return stored if stored.dtype == np.float64 else load(stored, Dh)
 
 
 def attention_reference(
@@ -61,33 +69,34 @@ def attention_reference(
     sinks: np.ndarray = NO_SINKS,
 ) -> None:
     """The formula in NumPy, one query at a time; f64 in, f64 arithmetic."""
-    T, H, _ = q.shape
+    T, H, Dh = q.shape
     group = H // keys.shape[0]
     for t in range(T):
         seen = cells[begin[t] : end[t]]
         for h in range(H):
-            scores = widen(keys[h // group, seen]) @ q[t, h] * scale
+            scores = _numbers(keys[h // group, seen], Dh) @ q[t, h] * scale
             top = max(scores.max(), sinks[h]) if sinks.size else scores.max()
             weights = np.exp(scores - top)
-            out[t, h] = weights @ widen(values[h // group, seen]) / (weights.sum() + (np.exp(sinks[h] - top) if sinks.size else 0))
+            out[t, h] = weights @ _numbers(values[h // group, seen], Dh) / (weights.sum() + (np.exp(sinks[h] - top) if sinks.size else 0))
 
 
 def attention_plain(q, keys, values, cells, adjoining, begin, end, scale, out, scratch=None, sinks=NO_SINKS) -> None:  # noqa: ARG001
     """Unfused and in f32, a head after the other: all scores, mask, softmax, values. Arguments as of `attention_kernel`, unchecked."""
     places = np.arange(begin.min(), end.max())
     visible = (places >= begin[:, None]) & (places < end[:, None])
-    group = q.shape[1] // keys.shape[0]
-    for h in range(q.shape[1]):
-        scores = q[:, h] @ widen(keys[h // group, cells[places]]).T * np.float32(scale)
+    _, H, Dh = q.shape
+    group = H // keys.shape[0]
+    for h in range(H):
+        scores = q[:, h] @ load(keys[h // group, cells[places]], Dh).T * np.float32(scale)
         scores = np.where(visible, scores, np.float32(-np.inf))
         top = scores.max(1, keepdims=True)
         if sinks.size:
             top = np.maximum(top, sinks[h])
         weights = np.exp(scores - top)
-        total = weights.sum(1, keepdims=True)
+        sums = weights.sum(1, keepdims=True)
         if sinks.size:
-            total += np.exp(sinks[h] - top)
-        out[:, h] = weights / total @ widen(values[h // group, cells[places]])
+            sums += np.exp(sinks[h] - top)
+        out[:, h] = weights / sums @ load(values[h // group, cells[places]], Dh)
 
 
 @inline
@@ -97,23 +106,20 @@ def _update(scores, count, scale, tops, totals, row):
         scores[s] *= scale
     before = tops[row]
     top = max(before, largest(scores.ctypes.data, count))
-    total = np.float32(0)
     for s in range(count):
-        weight = exp(scores[s] - top)
-        scores[s] = weight
-        total += weight
+        scores[s] = exp(scores[s] - top)
     kept = exp(before - top)
     tops[row] = top
-    totals[row] = totals[row] * kept + total
+    totals[row] = totals[row] * kept + total(scores[:count])
     return kept
 
 
 @inline
-def _share(top, total, sinks, h):
+def _share(top, weights, sinks, h):
     """What a row's weighted sum is multiplied with in the end: 1 over the sum of its weights, the sink's included."""
     if sinks.size:
-        total += exp(np.float32(sinks[h] - top))  # infinity where it takes everything
-    return np.float32(1) / total
+        weights += exp(np.float32(sinks[h] - top))  # infinity where it takes everything
+    return np.float32(1) / weights
 
 
 @inline
@@ -135,14 +141,15 @@ def _score(rows, q, q_at, q_stride, keys, at, key_bytes, count, s_at):
 def _add(rows, values, at, key_bytes, count, s_at, Dh, y_at, y_stride):
     """Add `count` neighbouring values, each times its weight, to one row of sums, or to `TILE` of them."""
     for d in range(0, Dh // VALUES * VALUES, VALUES):
+        v, scales = at + values.itemsize * d, Dh - d + d // 32 * 2
         if rows == TILE:
-            add_values_rows(values, at + values.itemsize * d, key_bytes, s_at, 4 * BLOCK, count, y_at + 4 * d, y_stride, 0, BLOCK)
+            add_values_rows(values, v, key_bytes, scales, s_at, 4 * BLOCK, count, y_at + 4 * d, y_stride, 0, BLOCK)
         else:
-            add_values(values, at + values.itemsize * d, key_bytes, s_at, 0, count, y_at + 4 * d, 0, 0, 0)
+            add_values(values, v, key_bytes, scales, s_at, 0, count, y_at + 4 * d, 0, 0, 0)
     for m in range(rows):
         for d in range(Dh // VALUES * VALUES, Dh, LANES):
-            y = y_at + m * y_stride + 4 * d
-            add_rest(values, at + values.itemsize * d, key_bytes, s_at + 4 * m * BLOCK, 0, count, y, 0, Dh - d, 0)
+            v, scales = at + values.itemsize * d, Dh - d + d // 32 * 2
+            add_rest(values, v, key_bytes, scales, s_at + 4 * m * BLOCK, 0, count, y_at + m * y_stride + 4 * d, 0, Dh - d, 0)
 
 
 @inline
@@ -158,7 +165,7 @@ def _run(cells, adjoining, first, count):
 def _block(rows, along, t, h, row, q, keys, values, cells, adjoining, seen, count, scale, out, g, tops, totals, scores):
     """A block's keys, `count` from cells[seen] on, for query t and head h; for `TILE` heads, or with `along` 1 `TILE` queries, at once."""
     H, Dh = q.shape[1], q.shape[2]
-    key_bytes = Dh * keys.itemsize
+    key_bytes = keys.shape[2] * keys.itemsize
     k_at = keys.ctypes.data + g * keys.shape[1] * key_bytes
     v_at = values.ctypes.data + g * keys.shape[1] * key_bytes
     stride = 4 * Dh * (H if along else 1)
@@ -246,38 +253,47 @@ def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, 
     _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), sinks, out, scratch)
 
 
+@inline
+def _add_row(sums, weight, row):
+    for d in range(len(sums)):  # over arrays of its own, a loop that LLVM makes vectors of
+        sums[d] += weight * value(row[d])
+
+
 @kernel(parallel=True)
 def _portable(q, keys, values, cells, begin, end, scale, sinks, out, scratch):
     """The same algorithm in plain loops: the twin that any processor, the bounds checker and plain Python run."""
     T, H, Dh = q.shape
     group = H // keys.shape[0]
+    step = 32 if keys.itemsize == 1 else Dh  # numbers that share a scale
     for task in prange(T * H):
         t, h = task // H, task % H
         g = h // group
         scores = scratch[numba.get_thread_id()]
-        top, total = LOWEST, np.float32(0)
+        top, weights = LOWEST, np.float32(0)
         for d in range(Dh):
             out[t, h, d] = 0
         for block in range(begin[t] // BLOCK * BLOCK, end[t], BLOCK):
             seen, unseen = max(block, begin[t]), min(block + BLOCK, end[t])
             highest = top
             for s in range(seen, unseen):
-                dot = np.float32(0)
-                for d in range(Dh):
-                    dot += q[t, h, d] * value(keys[g, cells[s], d])
+                dot, key = np.float32(0), keys[g, cells[s]]
+                for d in range(0, Dh, step):
+                    last = min(d + step, Dh)
+                    dot += products(q[t, h, d:last], key[d:last]) * scale_at(key, Dh + d // 16)
                 scores[s - seen] = dot * scale
                 highest = max(highest, scores[s - seen])
             kept = exp(np.float32(top - highest))
-            total *= kept
+            weights *= kept
             for d in range(Dh):
                 out[t, h, d] *= kept
             for s in range(seen, unseen):
-                weight = exp(np.float32(scores[s - seen] - highest))
-                total += weight
-                for d in range(Dh):
-                    out[t, h, d] += weight * value(values[g, cells[s], d])
+                weight, row = exp(np.float32(scores[s - seen] - highest)), values[g, cells[s]]
+                weights += weight
+                for d in range(0, Dh, step):
+                    last = min(d + step, Dh)
+                    _add_row(out[t, h, d:last], weight * scale_at(row, Dh + d // 16), row[d:last])
             top = highest
-        share = _share(top, total, sinks, h)
+        share = _share(top, weights, sinks, h)
         for d in range(Dh):
             out[t, h, d] *= share
 
@@ -297,14 +313,17 @@ def attention(
     scale: float,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Attention of q f32 [T, H, Dh] over keys and values f32 or BF16 [G, C, Dh]; a new f32 [T, H, Dh].
+    """Attention of q f32 [T, H, Dh] over keys and values [G, C, W], f32, BF16 or in 8 bits (kernels.cells); a new f32 [T, H, Dh].
 
     Query t sees cells[begin[t]:end[t]] (cells int32, begin and end int64 [T]); sinks f32 [H] or none. Raises ToyllmError on other
     arrays, on cells outside the cache, and on a query that sees nothing.
     """
     T, H, Dh = check_array("q", q, (None, None, None))
-    G, C, _ = check_array("keys", keys, (None, None, Dh), (F32, BF16))
-    check_array("values", values, (G, C, Dh), (keys.dtype,))
+    check_number("scale", scale)
+    in_8_bits = isinstance(keys, np.ndarray) and keys.dtype == I8
+    W = width(Dh, "q8" if in_8_bits else "f32")
+    G, C, _ = check_array("keys", keys, (None, None, W), tuple(DTYPES.values()))
+    check_array("values", values, (G, C, W), (keys.dtype,))
     if sinks is None:
         sinks = NO_SINKS
     else:

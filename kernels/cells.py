@@ -13,7 +13,7 @@ Planning and reading need no compiler.
 
 import numpy as np
 
-from .checks import check_array
+from .checks import check_array, check_number
 from .dtypes import BF16, F32, bits, widen
 from .errors import ToyllmError
 
@@ -24,8 +24,9 @@ DTYPES = {"f32": F32, "bf16": BF16, "q8": I8}  # --cache-dtype, and what NumPy c
 
 def width(Dh: int, dtype: str) -> int:
     """W, the elements of a stored row of Dh numbers. Raises ToyllmError for a dtype that is none."""
+    check_number("Dh", Dh, whole=True)
     if dtype not in DTYPES:
-        raise ToyllmError(f"--cache-dtype {dtype}: expected {', '.join(DTYPES)}")
+        raise ToyllmError(f"--cache-dtype {dtype}: expected {' or '.join(DTYPES)}")
     return Dh + 2 * -(-Dh // BLOCK) if dtype == "q8" else Dh
 
 

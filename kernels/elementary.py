@@ -1,7 +1,6 @@
-"""Scalar functions that kernels inline: widening of stored weights, and exp, which LLVM turns into vector code.
+"""Scalar functions that kernels inline: widening and rounding of stored numbers, and exp, which LLVM turns into vector code.
 
-They are compiled strictly (no relaxed sums), because the rounding trick in `exp` is exactly what relaxed arithmetic
-would simplify away. Under NUMBA_DISABLE_JIT they run as plain Python.
+Under NUMBA_DISABLE_JIT they run as plain Python.
 """
 
 import numpy as np
@@ -9,7 +8,7 @@ from numba import types
 from numba.extending import overload
 
 from .dtypes import BF16
-from .jit import exact
+from .jit import inline
 
 # exp(x) = 2^n · e^r with n = round(x / ln 2), r = x − n·ln 2 in two parts (Cody and Waite), |r| ≤ ln 2 / 2.
 LOG2_E = np.float32(1.4426950408889634)
@@ -29,7 +28,7 @@ ODD = np.uint32(1)
 ZERO, INFINITY = np.float32(0.0), np.float32(np.inf)
 
 
-@exact
+@inline
 def exp(x):
     """e^x for an f32, within 2 units in the last place; 0 below −86.98, infinity above 88.7, NaN stays NaN."""
     shifted = x * LOG2_E + ROUND
@@ -44,13 +43,13 @@ def exp(x):
     return INFINITY if x > HIGHEST else y
 
 
-@exact
+@inline
 def bf16_value(bits):
     """The f32 with these 16 upper bits."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@exact
+@inline
 def bf16_bits(x):
     """The upper 16 bits of an f32, rounded to nearest, ties to even; NaN stays NaN (as `dtypes.to_bf16`)."""
     u = np.float32(x).view(np.uint32)
@@ -62,7 +61,7 @@ def bf16_bits(x):
 F16_SCALE = np.float32(2.0**112)  # moves the exponent's bias from 15 to 127
 
 
-@exact
+@inline
 def f16_value(bits):
     """The f32 of an IEEE half: the product makes subnormals normal; all-ones exponents are infinity and NaN."""
     magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
@@ -71,7 +70,7 @@ def f16_value(bits):
     return np.uint32(scaled | special | np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
 
 
-@exact
+@inline
 def f16_bits(x):
     """The IEEE half nearest to an f32, as its bits, ties to even; NaN stays NaN, and what is too large becomes infinity."""
     u = np.float32(x).view(np.uint32)
@@ -97,3 +96,15 @@ def _value(item):
     if isinstance(item, types.Record):
         return (lambda item: bf16_value(item["bf16"])) if "bf16" in item.fields else (lambda item: f16_value(item["f16"]))
     return lambda item: item
+
+
+def scale_at(row, place):
+    """The scale at a place of a row of a KV cache in 8 bits (kernels.cells); 1 in other rows."""
+    return f16_value(row[place : place + 2].view(np.uint16)[0]) if row.dtype == np.int8 else ONE
+
+
+@overload(scale_at)
+def _scale_at(row, place):  # noqa: ARG001 - an overload's arguments are those of the function
+    if row.dtype == types.int8:
+        return lambda row, place: f16_value((np.uint16(np.uint8(row[place + 1])) << np.uint16(8)) | np.uint16(np.uint8(row[place])))
+    return lambda row, place: ONE  # noqa: ARG005

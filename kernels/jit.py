@@ -33,30 +33,23 @@ log = logging.getLogger("toyllm")
 config: Any = numba.config  # made at run time, so that no type checker knows what it holds
 choose_threading_layer()
 
-# What the compiler may assume: sums in any order and fused multiply-adds, but NaN and infinity are kept.
-RELAXED = {"reassoc", "contract", "arcp", "nsz"}
-
 OTHERS, OTHERS_DAYS = 8, 30  # of other versions' folders so many are kept, used within so many days
 
 
 def inline(function: Callable) -> Any:
-    """A function for kernels to call and LLVM to inline; it inherits what the calling kernel lets the compiler assume."""
+    """A function for kernels to call and LLVM to inline; its arithmetic, too, is done as written."""
     return numba.njit(error_model="numpy")(function)
 
 
-def exact(function: Callable) -> Any:
-    """As `inline`, but its arithmetic is compiled as written, whatever the calling kernel allows."""
-    return numba.njit(error_model="numpy", fastmath=False)(function)
+def kernel(function: Callable | None = None, *, parallel: bool = False) -> Any:
+    """Compile `function` with Numba on its first call, or take it from the cache; `parallel` runs its prange loops on the threads.
 
-
-def kernel(function: Callable | None = None, *, parallel: bool = False, strict: bool = False) -> Any:
-    """Compile `function` with Numba on its first call, or take it from the cache.
-
-    `parallel` runs its prange loops on the threads; `strict` keeps the order of sums as written.
+    Arithmetic is done as written, in that order. Were the compiler free to reorder it (fastmath), the process that compiles a kernel could
+    give other last bits than those that load it: linked code is optimised once more for the cache. Long sums are those of `simd.sums`.
     """
     if function is None:
-        return lambda f: kernel(f, parallel=parallel, strict=strict)
-    dispatcher: Any = numba.njit(parallel=parallel, fastmath=False if strict else RELAXED, error_model="numpy")(function)
+        return lambda f: kernel(f, parallel=parallel)
+    dispatcher: Any = numba.njit(parallel=parallel, error_model="numpy")(function)
     if not config.DISABLE_JIT and (folder := cache_folder()):
         try:
             dispatcher._cache = KernelCache(function, folder)  # noqa: SLF001 - what cache=True does, with our checks around it

@@ -6,9 +6,8 @@ x f32 [M, K], w [K, N] in f32, f16 or bf16, bias f32 [N] or none, out f32 [M, N]
 * by output: w is the transpose of a C-contiguous [N, K], whose row j makes output j (every other linear layer).
 
 Weights are widened exactly, products and sums are f32: by output in 16 partial sums that end in a tree, by input in one
-chain over k. The order of summation depends on neither M, N nor the number of threads, and the tiles' kernels are compiled
-strictly: a row of x gives the same bits alone and among others. NaN and infinities spread to the outputs that use them. Any K,
-M and N, 1 included.
+chain over k. The order of summation depends on neither M, N nor the number of threads: a row of x gives the same bits alone and
+among others. NaN and infinities spread to the outputs that use them. Any K, M and N, 1 included.
 
 By input, w is read straight from where it lies: strips of columns, in which 16 rows of w at a time (8 for several rows of x) are added to
 the sums, which rest in the first-level cache. By output, up to 48 rows of x use w as it lies as well; more expand 32 rows of w to f32 in
@@ -35,6 +34,7 @@ from .errors import ToyllmError
 from .host import supports
 from .jit import inline, kernel
 from .simd.ir import LANES
+from .simd.sums import products
 from .simd.tiles import axpy_tile, dot_tile, rows_tile
 from .threads import thread_scratch
 
@@ -99,7 +99,7 @@ def multiply_panel(panel, count, x, bias, out, first):
                 out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def by_output(x, w, bias, out):
     """w [N, K]: `ROWS` outputs at a time, straight from w; also for x in bf16 as 16 bits, of any number of rows, against bf16."""
     N, stride, at = len(w), w.strides[0], w.ctypes.data
@@ -113,7 +113,7 @@ def by_output(x, w, bias, out):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _by_input(x, w, bias, out, strips):
     """w [K, N]: strips of columns, in which a run of rows of w after the other is added to the sums of up to `TOGETHER` rows."""
     K, N = w.shape
@@ -145,13 +145,13 @@ def _by_input(x, w, bias, out, strips):
         for m in range(M):
             if whole < last - first:
                 y = y_at + (m * N + whole) * 4
-                axpy_rest(w, at + whole * item, stride, x_at + m * K * 4, 0, K, y, 0, last - first - whole, 0)
+                axpy_rest(w, at + whole * item, stride, 0, x_at + m * K * 4, 0, K, y, 0, last - first - whole, 0)
             if bias.size:
                 for j in range(first, last):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _many_by_output(x, w, bias, out, panels):
     """Many rows, w [N, K]: `OUTPUTS` rows of w are expanded to f32, then tiles of `ROWS` x `TOKENS`."""
     N, K = w.shape
@@ -181,16 +181,8 @@ def matmul_kernel(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarra
 
 
 @inline
-def _dot(x, w):
-    total = np.float32(0)
-    for k in range(len(x)):  # over arrays of its own, a loop that LLVM makes vectors of
-        total += x[k] * value(w[k])
-    return total
-
-
-@inline
 def _add_row(x, w, y):
-    for j in range(len(y)):
+    for j in range(len(y)):  # over arrays of its own, a loop that LLVM makes vectors of
         y[j] += x * value(w[j])
 
 
@@ -207,7 +199,7 @@ def _portable_by_output(x, w, bias, out):
     """W [N, K], plain loops: the twin that any processor, the bounds checker and plain Python run."""
     for j in prange(w.shape[0]):
         for m in range(x.shape[0]):
-            total = _dot(x[m], w[j])
+            total = products(x[m], w[j])
             out[m, j] = total + bias[j] if bias.size else total
 
 

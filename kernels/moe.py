@@ -23,7 +23,7 @@ from numba import prange
 from .elementary import exp
 from .errors import ToyllmError
 from .fp4 import BLOCK, SCALES
-from .jit import exact, kernel
+from .jit import inline, kernel
 from .matmul import ROWS
 from .mxfp4 import one_rows, split_halves
 from .q8 import Q8
@@ -61,7 +61,7 @@ Product = Callable[[np.ndarray, Matrix, np.ndarray, np.ndarray], None]  # (x, w,
 Watch = Callable[[int, np.ndarray, str, np.ndarray], None]  # (an expert, its tokens, a part, its values)
 
 
-@exact
+@inline
 def swiglu(gate, up, limit, alpha):
     """One clamped SwiGLU, f32, for kernels to call; NaN stays NaN."""
     gate = limit if gate > limit else gate  # noqa: FURB136 - min and max may lose a NaN
@@ -76,19 +76,19 @@ def swiglu_reference(h: np.ndarray, limit: float, alpha: float) -> np.ndarray:
     return gate / (1 + np.exp(-alpha * gate)) * (up + 1)
 
 
-@kernel(strict=True)
+@kernel
 def _swiglu_row(h, limit, alpha, out):
     for i in range(out.shape[0]):
         out[i] = swiglu(h[2 * i], h[2 * i + 1], limit, alpha)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _swiglu_rows(h, limit, alpha, out):
     for n in prange(h.shape[0]):
         _swiglu_row(h[n], limit, alpha, out[n])
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _add_weighted(y, tokens, weights, out):
     for n in prange(y.shape[0]):  # an expert's tokens are different ones
         row = out[tokens[n]]
@@ -151,7 +151,7 @@ def assigned(
     out: np.ndarray,
     watch: Watch | None = None,
 ) -> None:
-    """out f32 [T, D] = the weighted sum of each token's experts, expert by expert; `product` computes x · wᵀ + bias.
+    """out f32 [T, D] = the weighted sum of each token's experts, expert by expert; `product` computes x · wᵀ + bias. Unchecked.
 
     `watch(e, tokens, part, array)` is shown what is inside each expert before it is used, and may write there: "gate_up" f32 [n, 2F]
     before the clamp, then "hidden" f32 [n, F].
@@ -176,7 +176,7 @@ def matrix_of(w: Mxfp4 | np.ndarray | tuple[Q8, ...], e: int) -> Matrix:
     return w.of(e) if isinstance(w, Mxfp4) else w[e]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
     """h f32 [k, 2F] and z f32 [k, F], its blocks in halves, for the chosen experts; x f32 [1, D], its blocks in halves."""
     _, N, n, _ = blocks.shape
@@ -193,7 +193,7 @@ def _single_up(x, blocks, scales, table, bias, experts, limit, alpha, h, z):
             z[i, f // BLOCK * BLOCK + (f % 2) * (BLOCK // 2) + f % BLOCK // 2] = swiglu(h[i, j], h[i, j + 1], limit, alpha)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _single_down(z, blocks, scales, table, bias, experts, weights, out, panels):
     """out f32 [1, D]: each row of down of every chosen expert, weighed and summed; D is a multiple of BLOCK, and so of ROWS."""
     _, N, n, _ = blocks.shape
@@ -266,7 +266,7 @@ def mix(mixing, matmul, matmul_mxfp4, single, x, logits, experts, weights, w, ou
     """out f32 [T, D] = the weighted sum of each token's experts, int64 [T, k] and f32 [T, k] by descending router logit, f32 [T, E].
 
     `matmul`, `matmul_mxfp4` and `single`, which may be None, are a backend's. `scratch` is h, z, halves and panels, as of `single`;
-    `watch` as of `assigned`.
+    `watch` as of `assigned`. Unchecked.
     """
     E, k = logits.shape[1], experts.shape[1]
     panels = scratch[-1]

@@ -11,7 +11,7 @@ from .moe import Experts, Mxfp4, Scratch, swiglu
 from .split import RECORD, ROWS, STEP, one_rows, split_rows
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _up(record, lift, blocks, scales, bias, experts, limit, alpha, h, z):
     """h f32 [k, 2F] and z f32 [k, F] for the chosen experts, of one row of x."""
     _, N, n, _ = blocks.shape
@@ -27,7 +27,7 @@ def _up(record, lift, blocks, scales, bias, experts, limit, alpha, h, z):
             z[i, j // 2] = swiglu(h[i, j], h[i, j + 1], limit, alpha)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _down(records, lift, blocks, scales, bias, experts, weights, out, panels):
     """out f32 [1, D]: each row of down of every chosen expert, weighed and summed; D is a multiple of BLOCK, and so of ROWS."""
     _, N, n, _ = blocks.shape
@@ -47,7 +47,7 @@ def _down(records, lift, blocks, scales, bias, experts, weights, out, panels):
 
 
 def single_split(x: np.ndarray, experts: np.ndarray, weights: np.ndarray, w: Experts, scratch: Scratch, out: np.ndarray) -> None:
-    """As `moe.single`, with activations in 16 bits; of the scratch it does not need halves."""
+    """As `moe.single`, with activations in 16 bits; of the scratch it does not need halves. Unchecked."""
     h, z, _, panels = scratch
     order = experts.argsort()
     experts, weights = experts[order], weights[order]

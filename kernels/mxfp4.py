@@ -50,7 +50,7 @@ def _split_halves(x, out):
                 out[m, b + BLOCK // 2 + i] = x[m, b + 2 * i + 1]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _dequantize(blocks, scales, table, out):
     N, n = scales.shape
     for j in prange(N):
@@ -58,7 +58,7 @@ def _dequantize(blocks, scales, table, out):
         expand_row(blocks.ctypes.data + j * n * 16, scales.ctypes.data + j * n, table.ctypes.data, n, out, to, True)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _few(x, blocks, scales, table, bias, out):
     """One row of x or a few, their blocks in halves: `ROWS` rows of W at a time, straight from their bytes."""
     N, n = scales.shape
@@ -88,7 +88,7 @@ def _few(x, blocks, scales, table, bias, out):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _many(x, blocks, scales, table, bias, out, panels):
     """Many rows of x, their blocks in halves: `OUTPUTS` rows of W are expanded, then tiles of `ROWS` x `TOKENS`."""
     N, n = scales.shape

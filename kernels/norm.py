@@ -3,7 +3,8 @@
 `layer_norm`: y = (x − mean(x)) / √(variance(x) + ε) · weight + bias      (Ba, Kiros, Hinton 2016, arXiv:1607.06450)
 `rms_norm`:   y = x / √(mean(x²) + ε) · weight                            (Zhang, Sennrich 2019, arXiv:1910.07467)
 
-x, y f32 [T, D], C-contiguous; weight, bias f32 [D]; the variance is the biased one, ε inside the root. In f32 throughout.
+x, y f32 [T, D], C-contiguous; weight, bias f32 [D]; the variance is the biased one, ε inside the root. In f32 throughout, sums
+in one order (simd.sums).
 A NaN makes its own row NaN, no other; so does an infinity in LayerNorm, while in RMSNorm it becomes NaN and the rest of its row 0.
 Cost: 3 (RMSNorm 2) reads and a write of T·D.
 """
@@ -11,8 +12,11 @@ Cost: 3 (RMSNorm 2) reads and a write of T·D.
 import numpy as np
 from numba import prange
 
-from .checks import check_array
-from .jit import exact, inline, kernel
+from .checks import check_array, check_number
+from .jit import inline, kernel
+from .simd.sums import squares, total
+
+ZERO = np.float32(0)
 
 
 def layer_norm_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float, out: np.ndarray) -> None:
@@ -21,32 +25,19 @@ def layer_norm_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, ep
     out[...] = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + epsilon) * weight + bias
 
 
-@exact
-def _scale(squares, width, epsilon):
-    """1 / √(squares / width + ε), without the compiler's approximate root: it would make NaN of infinity."""
-    return np.float32(1) / np.sqrt(np.float32(squares / np.float32(width)) + np.float32(epsilon))
-
-
-@exact
-def _scaled(x, scale, weight):
-    """In this order: a relaxed one may differ between the vector loop and the plain loop that runs where arrays lie close."""
-    return x * scale * weight
+@inline
+def _scale(total, width, epsilon):
+    """1 / √(total / width + ε)."""
+    return np.float32(1) / np.sqrt(np.float32(total / np.float32(width)) + np.float32(epsilon))
 
 
 @inline
 def _row(x, weight, bias, epsilon, out):
     width = x.shape[0]
-    total = np.float32(0)
+    mean = np.float32(total(x) / np.float32(width))
+    scale = _scale(squares(x, mean), width, epsilon)
     for i in range(width):
-        total += x[i]
-    mean = np.float32(total / np.float32(width))
-    squares = np.float32(0)
-    for i in range(width):
-        d = x[i] - mean
-        squares += d * d
-    scale = _scale(squares, width, epsilon)
-    for i in range(width):
-        out[i] = _scaled(x[i] - mean, scale, weight[i]) + bias[i]
+        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
 
 
 @kernel
@@ -67,12 +58,9 @@ def rms_norm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float, out: n
 
 @inline
 def _rms_row(x, weight, epsilon, out):
-    squares = np.float32(0)
+    scale = _scale(squares(x, ZERO), x.shape[0], epsilon)
     for i in range(x.shape[0]):
-        squares += x[i] * x[i]
-    scale = _scale(squares, x.shape[0], epsilon)
-    for i in range(x.shape[0]):
-        out[i] = _scaled(x[i], scale, weight[i])
+        out[i] = x[i] * scale * weight[i]
 
 
 @kernel
@@ -94,6 +82,7 @@ def rms_norm_kernel(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.n
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
     """RMSNorm of each row of x f32 [T, D] with weight f32 [D]; a new f32 [T, D]. Raises ToyllmError on other arrays."""
     T, D = check_array("x", x, (None, None))
+    check_number("epsilon", epsilon)
     check_array("weight", weight, (D,))
     out = np.empty((T, D), np.float32)
     if T:
@@ -109,6 +98,7 @@ def layer_norm_kernel(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsil
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
     """LayerNorm of each row of x f32 [T, D] with weight and bias f32 [D]; a new f32 [T, D]. Raises ToyllmError on other arrays."""
     T, D = check_array("x", x, (None, None))
+    check_number("epsilon", epsilon)
     check_array("weight", weight, (D,))
     check_array("bias", bias, (D,))
     out = np.empty((T, D), np.float32)

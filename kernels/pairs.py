@@ -36,21 +36,21 @@ strip_tokens, strip_one, lay = pairs_tile(VECTORS, TOKENS), pairs_tile(VECTORS, 
 
 
 def round_rows(x: np.ndarray, width: int) -> np.ndarray:
-    """x f32 [M, K] rounded to bf16, as u16 [M, width], filled up with 0."""
+    """x f32 [M, K] rounded to bf16, as u16 [M, width], filled up with 0. Unchecked."""
     out = np.empty((len(x), width), np.uint16)
     out[:, x.shape[1] :] = 0
     _round_rows(x, out)
     return out
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _round_rows(x, out):
     for m in prange(x.shape[0]):
         for k in range(x.shape[1]):
             out[m, k] = bf16_bits(x[m, k])
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _by_input(x, w, bias, out, panels):
     """w [K, N] in bf16: strips of `COLUMNS`, whose pairs of rows are laid side by side."""
     K, N = w.shape
@@ -80,7 +80,7 @@ def _by_input(x, w, bias, out, panels):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _mxfp4(x, blocks, scales, table, bias, out, panels):
     """Rows of x in bf16, their blocks in halves: `OUTPUTS` rows of W are expanded to bf16."""
     N, n = scales.shape

@@ -35,11 +35,12 @@ from .checks import check_array
 from .dtypes import F16, bits, to_f16, widen
 from .elementary import f16_bits, value
 from .errors import ToyllmError
-from .jit import inline, kernel
+from .jit import kernel
 from .matmul import NO_BIAS, OUTPUTS, ROWS, check_matrix, multiply_panel, panels_for
 from .rounding import LARGEST, SMALLEST, round_block
 from .simd.ir import LANES
 from .simd.q8 import expand_row, q8_tile, quantize_blocks, quantize_rest, transpose
+from .simd.sums import products
 from .threads import thread_scratch
 
 BLOCK = 2 * LANES  # values that share a scale
@@ -87,7 +88,7 @@ def quantize_reference(w: np.ndarray) -> Q8:
     return made
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _quantize_by_output(w, values, scales):
     """w [N, K], row by row."""
     N, K = w.shape
@@ -100,7 +101,7 @@ def _quantize_by_output(w, values, scales):
             quantize_rest(w, at, K - whole * BLOCK, v_at + block * BLOCK, s_at + block * 2)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _quantize_by_input(w, values, scales, panels):
     """w [K, N]: strips of columns, in which each block of inputs is transposed first, 16 columns at a time."""
     K, N = w.shape
@@ -130,7 +131,7 @@ def quantize_kernel(w: np.ndarray) -> Q8:
     return made
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _quantize_portable(w, values, scales):
     """w [K, N] in either order; scales as bits of f16."""
     K = len(w)
@@ -179,7 +180,7 @@ def matmul_q8_reference(x: np.ndarray, w: Q8, bias: np.ndarray, out: np.ndarray)
         out += bias
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _few(x, values, scales, bias, out):
     """One row of x or a few, as long as those of values: `ROWS` outputs at a time, straight from their integers."""
     N, n = scales.shape
@@ -209,7 +210,7 @@ def _few(x, values, scales, bias, out):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _many(x, values, scales, bias, out, panels):
     """Many rows of x, as long as those of values: `OUTPUTS` outputs are expanded, then tiles of `ROWS` x `TOKENS`."""
     N, n = scales.shape
@@ -236,14 +237,6 @@ def matmul_q8_kernel(x: np.ndarray, w: Q8, bias: np.ndarray, out: np.ndarray, pa
         _many(x, w.values, w.scales, bias, out, panels)
 
 
-@inline
-def _dot(x, values):
-    total = np.float32(0)
-    for i in range(len(x)):  # over arrays of its own, a loop that LLVM makes vectors of
-        total += x[i] * np.float32(values[i])
-    return total
-
-
 @kernel(parallel=True)
 def _portable(x, values, scales, bias, out):
     """Plain loops: the twin that any processor, the bounds checker and plain Python run."""
@@ -253,7 +246,7 @@ def _portable(x, values, scales, bias, out):
             total = np.float32(0)
             for b in range(scales.shape[1]):
                 first, last = b * BLOCK, min((b + 1) * BLOCK, K)
-                total += _dot(x[m, first:last], values[j, first:last]) * value(scales[j, b])
+                total += products(x[m, first:last], values[j, first:last]) * value(scales[j, b])
             out[m, j] = total + bias[j] if bias.size else total
 
 

@@ -7,7 +7,7 @@ microsecond: a decode step rounds one of each head in each layer.
 import numpy as np
 
 from .elementary import bf16_bits, f16_bits, value
-from .jit import exact, kernel
+from .jit import inline, kernel
 from .simd.q8 import LEAST
 
 BLOCK = 32  # numbers that share a scale
@@ -16,7 +16,7 @@ ZERO, HALF, ONE, INFINITY = (np.float32(n) for n in (0, 0.5, 1, np.inf))
 SIZE = np.int32(0x7FFFFFFF)  # the bits of an f32 but its sign
 
 
-@exact
+@inline
 def round_block(w, values):
     """The integers of one block of stored weights, up to 32; returns d in f32. Plain loops: any processor runs them, and plain Python."""
     largest = np.int32(0)
@@ -32,7 +32,7 @@ def round_block(w, values):
     return d
 
 
-@kernel(strict=True)
+@kernel
 def bf16_rows(rows, out):
     """Rows f32 [n, Dh] as bits of bf16, u16 [n, Dh]. Unchecked."""
     for i in range(rows.shape[0]):
@@ -40,7 +40,7 @@ def bf16_rows(rows, out):
             out[i, d] = bf16_bits(rows[i, d])
 
 
-@kernel(strict=True)
+@kernel
 def q8_rows(rows, out):
     """Rows f32 [n, Dh] as cells of a KV cache, i8 [n, Dh + 2 · ⌈Dh / 32⌉]: integers, then scales (kernels.cells). Unchecked."""
     n, Dh = rows.shape

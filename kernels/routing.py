@@ -7,7 +7,7 @@ logits f32 [T, E]; experts int64 [T, k], weights f32 [T, k]. A NaN logit is neve
 
 import numpy as np
 
-from .checks import check_array
+from .checks import check_array, check_number
 from .elementary import exp
 from .errors import ToyllmError
 from .jit import inline, kernel
@@ -64,6 +64,7 @@ def route(logits: np.ndarray, k: int, normalization: str = "softmax") -> tuple[n
     Raises ToyllmError for other arrays, for k outside 1 to E, and for another normalization than "softmax" or "linear".
     """
     T, E = check_array("logits", logits, (None, None))
+    check_number("k", k, whole=True)
     if not 1 <= k <= E:
         raise ToyllmError(f"k: expected 1 to {E}, the number of experts, found {k}")
     if normalization not in NORMALIZATIONS:

@@ -15,13 +15,15 @@ import math
 
 import numpy as np
 
-from .checks import check_array
+from .checks import check_array, check_number
 from .elementary import exp
 from .errors import ToyllmError
 from .jit import inline, kernel
+from .simd.sums import total_f64
 
 BUCKETS = 1024  # f32 weights in [0, 1] by their upper 12 bits: sign 0, exponent, 3 bits of the fraction
 SHIFT = np.uint32(20)
+STRIP = 1024  # weights that are made, then added up
 NOTHING = np.int64(-1)
 MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # an inverse temperature, so that no weight is 0 · ∞
 
@@ -71,7 +73,7 @@ def _cut(weights, counts, keys, limit, target):
             reached = total >= target
 
 
-@kernel(strict=True)
+@kernel
 def _sample(logits, top, temperature, top_k, top_p, min_p, u, weights, counts, keys):
     V = logits.shape[0]
     inverse = np.float32(min(max(1.0 / temperature, LEAST), MOST))
@@ -116,6 +118,9 @@ def sample(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float 
     that hold NaN or +infinity or nothing above −infinity.
     """
     (V,) = check_array("logits", logits, (None,))
+    check_number("top_k", top_k, whole=True)
+    for name, number in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p), ("u", u)):
+        check_number(name, number)
     if not (temperature > 0 and top_k >= 0 and 0 <= top_p <= 1 and 0 <= min_p <= 1 and 0 <= u < 1):
         found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}, u {u}"
         raise ToyllmError(f"sample: {found}: expected > 0, >= 0, [0, 1], [0, 1], [0, 1)")
@@ -126,10 +131,13 @@ def sample(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float 
 
 @kernel
 def _sum_exp(logits, top):
-    total = 0.0
-    for i in range(logits.shape[0]):
-        total += exp(logits[i] - top)
-    return total
+    weights, whole = np.empty(STRIP, np.float32), 0.0
+    for first in range(0, len(logits), STRIP):
+        n = min(STRIP, len(logits) - first)
+        for i in range(n):
+            weights[i] = exp(logits[first + i] - top)
+        whole += total_f64(weights[:n])
+    return whole
 
 
 def log_sum_exp(logits: np.ndarray) -> float:
@@ -155,8 +163,12 @@ def _largest(logits, n, ids):
 
 
 def largest(logits: np.ndarray, n: int) -> np.ndarray:
-    """Ids of the n largest of logits f32 [V], largest first, ties to the lower id; int64 [min(n, V)]. Cost: V + V · n at worst."""
+    """Ids of the n largest of logits f32 [V], largest first, ties to the lower id; int64 [min(n, V)]. Cost: V + V · n at worst.
+
+    Raises ToyllmError on other arrays and numbers.
+    """
     (V,) = check_array("logits", logits, (None,))
+    check_number("n", n, whole=True)
     ids = np.empty(max(0, min(n, V)), np.int64)
     if len(ids):
         _largest(logits, len(ids), ids)

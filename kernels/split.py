@@ -19,7 +19,7 @@ from numba import prange
 
 from .fp4 import BLOCK, dequantize_reference
 from .host import features, supports
-from .jit import exact, kernel
+from .jit import inline, kernel
 from .matmul import OUTPUTS
 from .simd.fp4_split import EXPANDED, OFFSET, RECORD, STEP, expand_split, split_tile
 
@@ -40,7 +40,7 @@ def steps_of(n: int) -> int:
     return -(-n // STEP)
 
 
-@exact
+@inline
 def _halve(x, upper, starts, scales, lift):
     """One block of x to its bytes: even values from 0 and odd ones from 64 of `upper`, lower halves 128 behind them."""
     largest = np.float32(0)
@@ -62,7 +62,7 @@ def _halve(x, upper, starts, scales, lift):
         scales[lane] = largest / LARGEST * np.float32(0.5)  # a half, because codes are doubled
 
 
-@exact
+@inline
 def split_row(x, out, starts, scales):
     """One row of x, f32 [K], to its records, the same memory seen as int8, i32 and f32; gives what its sums are multiplied with."""
     largest = np.float32(0)
@@ -92,13 +92,13 @@ def split_row(x, out, starts, scales):
     return np.float32(1) / exponent
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _split_rows(x, out, starts, scales, lift):
     for m in prange(len(x)):
         lift[m] = split_row(x[m], out[m], starts[m], scales[m])
 
 
-@kernel(strict=True)
+@kernel
 def _split_few(x, out, starts, scales, lift):
     for m in range(len(x)):
         lift[m] = split_row(x[m], out[m], starts[m], scales[m])
@@ -111,7 +111,7 @@ def split_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return records, lift
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _few(records, lift, blocks, scales, bias, out):
     """`ROWS` rows of W at a time, straight from their bytes."""
     N, n = scales.shape
@@ -133,7 +133,7 @@ def _few(records, lift, blocks, scales, bias, out):
                     out[m, j] += bias[j]
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _many(records, lift, blocks, scales, bias, out, panels):
     """`OUTPUTS` rows of W are expanded to bytes, then tiles of `ROWS` x `TOKENS`."""
     N, n = scales.shape

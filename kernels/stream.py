@@ -29,7 +29,7 @@ def read_reference(a: np.ndarray) -> np.ndarray:
     return a.sum(1)
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _fill(a):
     for i in prange(a.shape[0]):
         for r in range(a.shape[1]):
@@ -37,13 +37,13 @@ def _fill(a):
                 a[i, r, c] = 1
 
 
-@kernel(parallel=True, strict=True)
+@kernel(parallel=True)
 def _read(a, ones, sums):
     n, rows, columns = a.shape
     width = 4 * columns
     at, x_at, y_at = a.ctypes.data, ones.ctypes.data, sums.ctypes.data
     for i in prange(n):
-        tile(a, at + i * rows * width, width, x_at, 0, rows, y_at + i * width, 0, 0, AHEAD)
+        tile(a, at + i * rows * width, width, 0, x_at, 0, rows, y_at + i * width, 0, 0, AHEAD)
 
 
 def stream_array(nbytes: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def model_type_of(files: ModelFiles) -> str | None:
     if files.config is None:
         raise ToyllmError("no config.json")
     value = read_object(files.config).get("model_type")
-    return value if isinstance(value, str) else None
+    return value[:80] if isinstance(value, str) else None
 
 
 def require_shards(files: ModelFiles) -> None:

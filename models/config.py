@@ -33,9 +33,9 @@ def optional_size() -> Any:
     return field(default=None, metadata={"least": 1})
 
 
-def positive(default: float) -> Any:
-    """A dataclass field for a number above 0."""
-    return field(default=default, metadata={"above": 0.0})
+def positive(default: float, most: float = math.inf) -> Any:
+    """A dataclass field for a number above 0, and not above `most`."""
+    return field(default=default, metadata={"above": 0.0, "most": most})
 
 
 def family_of(document: dict[str, Any], where: Path) -> ModuleType:
@@ -51,7 +51,7 @@ def family_of(document: dict[str, Any], where: Path) -> ModuleType:
 
 def optional_positive() -> Any:
     """A dataclass field for a number above 0 that may be null."""
-    return field(default=None, metadata={"above": 0.0})
+    return field(default=None, metadata={"above": 0.0, "most": math.inf})
 
 
 def read_config(cls: type[C], document: dict[str, Any], where: Path) -> C:
@@ -85,8 +85,8 @@ def checked(value: Any, of: Field[Any], where: Path) -> Any:
     most = of.metadata.get("most", LARGEST)
     if "least" in of.metadata and not of.metadata["least"] <= number <= most:
         raise wrong(f"an integer from {of.metadata['least']} to {most}")
-    if "above" in of.metadata and not number > of.metadata["above"]:
-        raise wrong(f"a number above {of.metadata['above']:g}")
+    if "above" in of.metadata and not of.metadata["above"] < number <= most:
+        raise wrong(f"a number above {of.metadata['above']:g}" + (f", at most {most}" if most < math.inf else ""))
     return value
 
 

@@ -52,8 +52,8 @@ class Config:
     layer_types: tuple[str, ...] | None = None  # absent: even layers slide, odd ones see everything
     max_position_embeddings: int = size(131072)
     rms_norm_eps: float = positive(1e-5)
-    swiglu_limit: float = positive(7.0)
-    swiglu_alpha: float = positive(1.702)
+    swiglu_limit: float = positive(7.0, most=LARGEST)
+    swiglu_alpha: float = positive(1.702, most=LARGEST)
     rope_type: str = "yarn"
     rope_theta: float = positive(150000.0)
     rope_factor: float = positive(32.0)

@@ -32,13 +32,13 @@ class Held:
     `step_back` gives back.
     """
 
-    def __init__(self, model: "Model", room: int, opening: int = 0) -> None:
+    def __init__(self, model: "Model", room: int, opening: int = 0, back: int = 0) -> None:
         """Begin with an empty cache of `room` positions, and `mark` the place behind the first `opening` when they are read.
 
-        Raises OutOfMemory.
+        Windows keep what lets it step back by `back` positions, wherever it is. Raises OutOfMemory.
         """
         self.model, self.room = model, room
-        self.cache: Any = model.new_cache(room)
+        self.cache: Any = model.new_cache(room, keep=back) if back else model.new_cache(room)
         self.ids: list[int] = []
         self.next: int | None = None  # the token of the text that is not read yet, if there is one
         self.passes = 0  # how often something was read
@@ -94,7 +94,7 @@ class Held:
 
         Each costs a copy of the windows: of gpt-oss-20b 6.3 MB in f32 (12 layers, 128 positions of 4,096 bytes); nothing without windows.
         """
-        states = [window_state(member) if windowed(member) else None for member in members(self.cache)]
+        states = [last_of(member.state(0), member.window) if windowed(member) else None for member in members(self.cache)]
         self._marks = [*self._marks[:1], (len(self.ids), states)]
 
     def shift(self, keep: int) -> list[int]:
@@ -126,9 +126,9 @@ class Held:
         return self.cache.can_resume(0, length)
 
     def states(self) -> list[State]:
-        """What is held, for each member of the cache: of a window only what it still reaches. Copies."""
+        """What is held, for each member of the cache: of a window only what it would not forget next. Copies."""
         self.cache.remove(0, len(self.ids))
-        return [window_state(member) if windowed(member) else member.state(0) for member in members(self.cache)]
+        return [last_of(member.state(0), member.memory) if windowed(member) else member.state(0) for member in members(self.cache)]
 
     def restore(self, ids: Sequence[int], states: Sequence[State]) -> None:
         """Hold this text instead, with what `states` gave for it. Raises ToyllmError where that does not fit this cache."""
@@ -137,7 +137,7 @@ class Held:
             raise ToyllmError(f"the session holds {n} tokens, and the context {self.room}: raise --context")
         self.step_back(0)
         for member, state in zip(members(self.cache), states, strict=True):
-            member.restore(0, *state)
+            member.restore(0, *(last_of(state, member.memory) if windowed(member) else state))
         self.ids, self.next = list(ids[:n]), ids[n] if len(ids) > n else None
 
 
@@ -156,7 +156,7 @@ def windowed(cache: Any) -> bool:
     return isinstance(cache, caches.SlidingWindowCache)
 
 
-def window_state(cache: Any) -> State:
-    """What the last position of a windowed cache sees, and so all that the next one does."""
-    positions, keys, values = cache.state(0)
-    return positions[-cache.window :].copy(), keys[:, :, -cache.window :].copy(), values[:, :, -cache.window :].copy()
+def last_of(state: State, n: int) -> State:
+    """What a state says of its last n positions; a copy."""
+    positions, keys, values = state
+    return positions[-n:].copy(), keys[:, :, -n:].copy(), values[:, :, -n:].copy()

@@ -109,7 +109,8 @@ def list_files(repo: str, revision: str | None = None) -> Listing:
 
 def wanted_files(names: list[str]) -> list[str]:
     """The files of a repository that toyllm reads. With model.safetensors, no other weights: they would be read by nothing."""
-    wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in READ_HERE) and "/" not in name]
+    plain = [name for name in names if "/" not in name and name.isprintable()]  # progress bars show names as they are
+    wanted = [name for name in plain if any(fnmatch(name, pattern) for pattern in READ_HERE)]
     if WEIGHTS in wanted:
         return [name for name in wanted if name == WEIGHTS or not (name.endswith(".safetensors") or name == INDEX)]
     return wanted

@@ -33,6 +33,7 @@ class Running:
     prefill_chunk: int = 512
     weights: str = "stored"  # or "q8": dense ones are copied in 8 bits
     sequences: int = 1  # that run together, each with the context
+    keep: int = 0  # positions that windows can step back
 
 
 def running(a: Anatomy, context: int | None, cache_dtype: str, prefill_chunk: int, weights: str = "stored", sequences: int = 1) -> Running:
@@ -97,7 +98,8 @@ def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
     pieces = weights("input", None)
     for i in part.layers:
         pieces += weights(f"layer {i}", i)
-        nbytes = a.family.cache_bytes(one_layer(a.config, i), run.context, run.prefill_chunk, run.cache_dtype, run.sequences)
+        sizes = (run.context, run.prefill_chunk, run.cache_dtype, run.sequences, run.keep)
+        nbytes = a.family.cache_bytes(one_layer(a.config, i), *sizes)
         pieces.append(Allocation(f"layer {i}", "cache", nbytes // part.shards))
     pieces += weights("head", None, head=True)
     return (*pieces, Allocation("buffers", "work", buffer_bytes(a, part, run)), Allocation("engine", "work", ENGINE))
@@ -125,10 +127,10 @@ def threads() -> int:
     return int(given) if given.isdecimal() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def of_model(model: Any, context: int, sequences: int = 1) -> tuple[Allocation, ...]:
-    """What a loaded model allocates to run so many sequences together, each of so many positions."""
+def of_model(model: Any, context: int, sequences: int = 1, keep: int = 0) -> tuple[Allocation, ...]:
+    """What a loaded model allocates to run so many sequences together, each of so many positions; `keep` as in `Model.new_cache`."""
     a = anatomy(model.files)
-    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk, model.kernels.weights, sequences))
+    return plan(a, whole(a), Running(context, model.cache_dtype, model.prefill_chunk, model.kernels.weights, sequences, keep))
 
 
 def mark(pieces: Iterable[Allocation], kind: str, status: str) -> tuple[Allocation, ...]:

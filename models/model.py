@@ -172,7 +172,8 @@ class Model:
             cache.start_forward(positions[first:last], sequences[first:last])
             at = positions[first:last]
             tap = Tap(at, taps, writes) if taps or writes else None
-            self.family.forward(self.weights, self.config, self.kernels, self._buffers, tokens[first:last], at, cache, wanted, tap)
+            with np.errstate(all="ignore"):  # NaN and infinity come from the weights; NumPy would warn of them over several lines
+                self.family.forward(self.weights, self.config, self.kernels, self._buffers, tokens[first:last], at, cache, wanted, tap)
         return logits
 
     def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> None:
@@ -261,7 +262,7 @@ def load(
 
     The weights stay in the memory map; with `weights` "q8" the dense ones are copied in 8 bits, and the copies used. `backend` is one of
     kernels.host.BACKENDS or "auto", `threads` the number of threads (default: the physical cores), `prefill_chunk` the most tokens a
-    pass, `cache_dtype` how keys and values are kept ("f32" or "bf16"); `poison_cache` fills the KV cache with NaN; `moe` is one of
+    pass, `cache_dtype` how keys and values are kept ("f32", "bf16" or "q8"); `poison_cache` fills the KV cache with NaN; `moe` is one of
     kernels.moe.ALGORITHMS, `tokens_per_expert_ratio` its budget. Activations before MXFP4 weights are held in 16 bits where the
     processor gains by it, and with `activations` "bf16" those of products of many rows in 8; `exact` forbids both, and copies.
     `attention` is one of kernels.backends.ATTENTION: "plain" computes it unfused, to check. `preload` is called with the files when all

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.dtypes import widen
+from ..kernels.cells import load
 from ..kernels.errors import ToyllmError
 from .tensor_values import as_slice
 
@@ -93,7 +93,7 @@ def tap_scores(tap: Tap, name: str, q: np.ndarray, cache: Any, scale: float, hea
         return
     T, H, _ = q.shape
     places = np.arange(cache.begin.min(), cache.end.max())
-    keys = widen(cache.keys[:, cache.cells[places]]).repeat(H // cache.keys.shape[0], axis=0)
+    keys = load(cache.keys[:, cache.cells[places]], q.shape[-1]).repeat(H // cache.keys.shape[0], axis=0)
     visible = np.zeros((T, places[-1] + 1 + cache.origin), bool)
     visible[:, places + cache.origin] = (places >= cache.begin[:, None]) & (places < cache.end[:, None])
     scores = np.full((H, *visible.shape), -np.inf, np.float32)
@@ -140,7 +140,7 @@ def attend(weights: np.ndarray, changed: np.ndarray, cache: Any, heads: np.ndarr
     for h, t in np.argwhere(changed.any(-1)):
         seen = slice(cache.begin[t], cache.end[t])
         own = weights[h, t, cache.begin[t] + cache.origin : cache.end[t] + cache.origin]
-        heads[t, h] = own @ widen(values[h // group, cache.cells[seen]])
+        heads[t, h] = own @ load(values[h // group, cache.cells[seen]], heads.shape[-1])
 
 
 # ---- experts ----------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from ..kernels.dtypes import BF16, F16, widen
 from ..kernels.errors import ToyllmError
+from .json_files import brief
 from .tensor_json import SCHEMA, describe, describe_values, json_numbers
 from .tensor_values import NAMES, Values
 from .whole import check_free, whole_file
@@ -70,9 +71,17 @@ def write_npz(file: BinaryIO, tensors: Sequence[Values]) -> None:
     """NumPy's .npz: a .npy for each tensor, under its name."""
     with zipfile.ZipFile(file, "w") as archive:
         for values in tensors:
+            require_member(values.name)
             member = zipfile.ZipInfo(f"{values.name}.npy")  # of 1980: the same values make the same file
             with archive.open(member, "w", force_zip64=True) as inside:
                 write_npy(inside, [values])
+
+
+def require_member(name: str) -> None:
+    """Refuse a name that leads out of the folder an archive is unpacked in, or that archives cannot hold. Raises ToyllmError."""
+    place = PurePosixPath(name.replace("\\", "/"))
+    if place.is_absolute() or ".." in place.parts or not name.isprintable():
+        raise ToyllmError(f"tensor {brief(name)} cannot be in an .npz file, whose names are those of files; use .safetensors")
 
 
 def write_safetensors(file: BinaryIO, tensors: Sequence[Values]) -> None:

@@ -109,7 +109,7 @@ def load(builder, address, t, mask=None, lanes=LANES):
     """`lanes` values of LLVM type `t` at `address`, of any alignment; lanes outside `mask` are not read and come as zero."""
     if mask is None:
         return builder.load(pointer(builder, address, vector(t, lanes)), align=1)
-    name = {i16: "i16", f16: "f16", f32: "f32"}[t]
+    name = {i8: "i8", i16: "i16", f16: "f16", f32: "f32"}[t]
     p = vector(t, lanes).as_pointer()
     f = declare(builder, f"llvm.masked.load.v{lanes}{name}.p0", vector(t, lanes), [p, i32, vector(ir.IntType(1), lanes), vector(t, lanes)])
     zero = ir.Constant(vector(t, lanes), None)
@@ -128,11 +128,13 @@ def store(builder, value, address, mask=None):
 
 
 def storage(array) -> str:
-    """The name of an array type's storage format: "f32", "f16" or "bf16"."""
-    return next(iter(array.dtype.fields)) if isinstance(array.dtype, types.Record) else "f32"
+    """The name of an array type's storage format: "f32", "f16", "bf16" or "q8"."""
+    if isinstance(array.dtype, types.Record):
+        return next(iter(array.dtype.fields))
+    return "q8" if array.dtype == types.int8 else "f32"
 
 
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8": 1}
 
 
 def load_weights(builder, address, form, mask=None):
@@ -143,6 +145,16 @@ def load_weights(builder, address, form, mask=None):
         return builder.fpext(load(builder, address, f16, mask), vector(f32))
     wide = builder.zext(load(builder, address, i16, mask), vector(i32))
     return builder.bitcast(builder.shl(wide, splat(i32, 16)), vector(f32))
+
+
+def decode_q8(builder, address, scale_address, masks=(None, None)):
+    """Vectors of f32, one a mask, from the integers at one address that share the scale at another; 0 outside the masks. Any alignment."""
+    half = builder.load(pointer(builder, scale_address, f16), align=1)
+    one = builder.insert_element(ir.Constant(vector(f16), ir.Undefined), half, ir.Constant(i32, 0))
+    one = builder.shuffle_vector(one, one, splat(i32, 0))  # of a vector: half as many instructions as of one value
+    scale = builder.fpext(one, vector(f32))
+    raw = [load(builder, builder.add(address, integer(LANES * n)), i8, mask) for n, mask in enumerate(masks)]
+    return [builder.fmul(builder.sitofp(builder.sext(codes, vector(i32)), vector(f32)), scale) for codes in raw]
 
 
 def loop(builder, start, stop, step, state):

@@ -15,6 +15,7 @@ from .ir import (
     ITEM_BYTES,
     LANES,
     declare,
+    decode_q8,
     f16,
     f32,
     fma,
@@ -39,15 +40,6 @@ LEAST = 2.0**-126  # of d, to be divided by: below, 1 / d may be infinite; such 
 AHEAD = 16384  # bytes of integers before their use that they are asked for
 
 
-def decode(b, at, scale_at):
-    """Two vectors of f32 from the 32 integers at one address and the scale at another."""
-    half = b.load(pointer(b, scale_at, f16), align=2)
-    one = b.insert_element(ir.Constant(vector(f16), ir.Undefined), half, ir.Constant(i32, 0))
-    scale = b.fpext(b.shuffle_vector(one, one, splat(i32, 0)), vector(f32))  # of a vector: half as many instructions as of one value
-    raw = (b.load(pointer(b, b.add(at, integer(LANES * n)), vector(i8)), align=1) for n in range(2))
-    return [b.fmul(b.sitofp(b.sext(codes, vector(i32)), vector(f32)), scale) for codes in raw]
-
-
 @cache
 def q8_tile(outputs: int, tokens: int = 1) -> Any:
     """The intrinsic for `outputs` rows of w and `tokens` rows of x.
@@ -70,7 +62,7 @@ def q8_tile(outputs: int, tokens: int = 1) -> Any:
             for j, (row, scale_row) in enumerate(zip(rows, scales, strict=True)):
                 at = b.add(row, b.mul(i, integer(2 * LANES)))
                 prefetch(b, b.add(at, integer(AHEAD)))
-                low, high = decode(b, at, b.add(scale_row, b.mul(i, integer(2))))
+                low, high = decode_q8(b, at, b.add(scale_row, b.mul(i, integer(2))))
                 for m, (first, second) in enumerate(halves):
                     new.append(fma(b, high, second, fma(b, low, first, sums[j * tokens + m])))
             sums = close(new)
@@ -89,7 +81,7 @@ def _expand_row(typing, w_at, s_at, n, y_at):
         w_at, s_at, n, y_at = arguments
         i, _, close = loop(b, integer(0), n, 1, [])
         at = b.add(y_at, b.mul(i, integer(128)))
-        for half, values in enumerate(decode(b, b.add(w_at, b.mul(i, integer(32))), b.add(s_at, b.mul(i, integer(2))))):
+        for half, values in enumerate(decode_q8(b, b.add(w_at, b.mul(i, integer(32))), b.add(s_at, b.mul(i, integer(2))))):
             store(b, values, b.add(at, integer(64 * half)))
         close([])
         return context.get_dummy_value()

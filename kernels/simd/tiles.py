@@ -7,8 +7,8 @@ All compute y[m, j] = Σ_k x[m, k] · w[k, j] for a few tokens m and a few outpu
 * `rows_tile`, the same sums for a few whole rows of such weights: they stream from memory in the order in which they lie, while the
   sums rest in the first-level cache.
 
-and `largest`, the maximum of a run of f32. The order of summation of an output depends on neither the number of tokens nor
-that of outputs, so one token gives bit for bit what it gives among many.
+The order of summation of an output depends on neither the number of tokens nor that of outputs, so one token gives bit for bit what
+it gives among many.
 """
 
 from functools import cache
@@ -24,11 +24,11 @@ from .ir import (
     PAIRS,
     add_pairs,
     broadcast,
+    decode_q8,
     f32,
     fma,
     horizontal_sums,
     i16,
-    i32,
     integer,
     lanes_below,
     load,
@@ -49,7 +49,7 @@ def dot_tile(outputs: int, tokens: int) -> Any:
     """The intrinsic for `outputs` rows of w and `tokens` rows of x.
 
     tile(w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead): `w` and `x` only say how values are stored, x as f32, or as
-    u16: then both are bf16, multiplied in pairs (AVX512_BF16). `_at` are addresses,
+    u16: then both are bf16, multiplied in pairs (AVX512_BF16). Rows of w in 8 bits are those of `kernels.cells`. `_at` are addresses,
     `_stride` bytes from row to row; n values a row, any n; y[m, j] is written at y_at + m * y_stride + 4 * j.
     `ahead` is how many bytes before their use the rows of w are asked for.
     """
@@ -58,27 +58,36 @@ def dot_tile(outputs: int, tokens: int) -> Any:
     def tile(typing, w, x, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead):
         pairs = x.dtype == types.uint16
         form = "bf16" if pairs else storage(w)
-        lanes = PAIRS if pairs else LANES
+        width = PAIRS if pairs else LANES  # of a vector
+        starts = (0, LANES) if form == "q8" else (0,)  # of the vectors of a step
+        lanes = len(starts) * width
+        kind, item, multiply = (i16, 2, add_pairs) if pairs else (f32, 4, lambda b, sums, x, w: fma(b, w, x, sums))
 
         def generate(context, b, signature, arguments):
             _, _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, ahead = arguments
             rows = [b.add(w_at, b.mul(w_stride, integer(j))) for j in range(outputs)]
             inputs = [b.add(x_at, b.mul(x_stride, integer(m))) for m in range(tokens)]
-            size = ITEM_BYTES[form]
 
-            def step(k, sums, mask=None):
-                if pairs:
-                    x = [load(b, b.add(at, b.mul(k, integer(2))), i16, mask, PAIRS) for at in inputs]
-                else:
-                    x = [load(b, b.add(at, b.mul(k, integer(4))), f32, mask) for at in inputs]
+            def weights_of(row, k, masks):
+                at = b.add(row, b.mul(k, integer(ITEM_BYTES[form])))
+                if masks[0] is None:
+                    prefetch(b, b.add(at, ahead))
+                if form == "q8":
+                    return decode_q8(b, at, b.add(b.add(row, n), b.lshr(k, integer(4))), masks)
+                return [load(b, at, i16, masks[0], PAIRS) if pairs else load_weights(b, at, form, masks[0])]
+
+            def step(k, sums, left=None):
+                masks = [None if left is None else lanes_below(b, b.sub(left, integer(v)), width) for v in starts]
+                places = [b.mul(b.add(k, integer(v)), integer(item)) for v in starts]
+                x = [[load(b, b.add(at, p), kind, mask, width) for p, mask in zip(places, masks, strict=True)] for at in inputs]
                 new = []
                 for j, row in enumerate(rows):
-                    at = b.add(row, b.mul(k, integer(size)))
-                    if mask is None:
-                        prefetch(b, b.add(at, ahead))
-                    weights = load(b, at, i16, mask, PAIRS) if pairs else load_weights(b, at, form, mask)
-                    multiply = add_pairs if pairs else lambda b, s, x, w: fma(b, w, x, s)
-                    new += [multiply(b, sums[j * tokens + m], x[m], weights) for m in range(tokens)]
+                    weights = weights_of(row, k, masks)
+                    for m in range(tokens):
+                        so_far = sums[j * tokens + m]
+                        for part, w in zip(x[m], weights, strict=True):
+                            so_far = multiply(b, so_far, part, w)
+                        new.append(so_far)
                 return new
 
             whole = b.and_(n, integer(-lanes))
@@ -89,7 +98,7 @@ def dot_tile(outputs: int, tokens: int) -> Any:
             tail, done = b.append_basic_block("tail"), b.append_basic_block("done")
             b.cbranch(with_tail, tail, done)
             b.position_at_end(tail)
-            last = step(whole, sums, lanes_below(b, b.sub(n, whole), lanes))
+            last = step(whole, sums, b.sub(n, whole))
             end = b.block
             b.branch(done)
             b.position_at_end(done)
@@ -112,20 +121,20 @@ def dot_tile(outputs: int, tokens: int) -> Any:
 
 
 @cache
-def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = False) -> Any:
+def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = False, asks: bool = True) -> Any:
     """The intrinsic for `vectors` · 16 columns of w and `tokens` rows of x; `partial` masks the last vector; `onto` adds to y.
 
-    tile(w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `width` is the number
-    of columns that exist (read where `partial`); `ahead` is how many rows before their use the rows of w are asked for (one token `onto`
-    does not ask).
+    tile(w, w_at, w_stride, scales, x_at, x_stride, n, y_at, y_stride, width, ahead): as `dot_tile`, with n rows of w; `scales` is how many
+    bytes behind a row's columns their scales lie (read where w is in 8 bits); `width` is the number of columns that exist (read where
+    `partial`); `ahead` is how many rows before their use the rows of w are asked for (if it `asks`).
     """
 
     @intrinsic
-    def tile(typing, w, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead):
+    def tile(typing, w, w_at, w_stride, scales, x_at, x_stride, n, y_at, y_stride, width, ahead):
         form = storage(w)
 
         def generate(context, b, signature, arguments):
-            _, w_at, w_stride, x_at, x_stride, n, y_at, y_stride, width, ahead = arguments
+            _, w_at, w_stride, scales, x_at, x_stride, n, y_at, y_stride, width, ahead = arguments
             size = ITEM_BYTES[form]
             masks: list = [None] * vectors
             if partial:
@@ -138,9 +147,13 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
             start = [load(b, at, f32, masks[i % vectors]) if onto else splat(f32, 0.0) for i, at in enumerate(outputs)]
             k, sums, close = loop(b, integer(0), n, 1, start)
             row = b.add(w_at, b.mul(k, w_stride))
-            for byte in range(0, 0 if onto and tokens == 1 else vectors * LANES * size, 64):
+            for byte in range(0, vectors * LANES * size if asks else 0, 64):
                 prefetch(b, b.add(b.add(row, distance), integer(byte)))
-            weights = [load_weights(b, b.add(row, integer(v * LANES * size)), form, masks[v]) for v in range(vectors)]
+            if form == "q8":
+                places = [(b.add(row, integer(v * LANES)), b.add(row, b.add(scales, integer(v)))) for v in range(0, vectors, 2)]
+                weights = [w for v, place in zip(range(0, vectors, 2), places, strict=True) for w in decode_q8(b, *place, masks[v : v + 2])]
+            else:
+                weights = [load_weights(b, b.add(row, integer(v * LANES * size)), form, masks[v]) for v in range(vectors)]
             new = []
             for m in range(tokens):
                 x = broadcast(b, b.add(inputs[m], b.mul(k, integer(4))))
@@ -150,7 +163,7 @@ def axpy_tile(vectors: int, tokens: int, partial: bool = False, onto: bool = Fal
                 store(b, sums[i], at, masks[i % vectors])
             return context.get_dummy_value()
 
-        return types.void(w, *[types.int64] * 9), generate
+        return types.void(w, *[types.int64] * 10), generate
 
     return tile
 
@@ -249,34 +262,3 @@ def rows_tile(rows: int, tokens: int) -> Any:
         return types.void(w, *[types.int64] * 8), generate
 
     return tile
-
-
-@intrinsic
-def _largest(typing, at, n):
-    """The largest of the n f32 at an address; −infinity for none. NaN may or may not be passed over."""
-
-    def generate(context, b, signature, arguments):
-        at, n = arguments
-        lowest = ir.Constant(vector(f32), [ir.Constant(f32, float("-inf"))] * LANES)
-
-        def step(i, highest, mask=None):
-            values = load(b, b.add(at, b.mul(i, integer(4))), f32, mask)
-            if mask is not None:
-                values = b.select(mask, values, lowest)
-            return b.select(b.fcmp_ordered(">", values, highest), values, highest)
-
-        whole = b.and_(n, integer(-LANES))
-        i, (highest,), close = loop(b, integer(0), whole, LANES, [lowest])
-        (highest,) = close([step(i, highest)])
-        highest = step(whole, highest, lanes_below(b, b.sub(n, whole)))
-        lanes = LANES
-        while lanes > 1:
-            lanes //= 2
-            a, c = shuffle(b, highest, highest, range(lanes)), shuffle(b, highest, highest, range(lanes, 2 * lanes))
-            highest = b.select(b.fcmp_ordered(">", a, c), a, c)
-        return b.extract_element(highest, ir.Constant(i32, 0))
-
-    return types.float32(types.int64, types.int64), generate
-
-
-largest: Any = _largest

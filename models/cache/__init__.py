@@ -24,14 +24,12 @@ passes, whatever else is in them and whatever is still kept. One token of one se
 Operations other than a forward pass's (`remove`, `copy_prefix`, `restore`) end the pass under way.
 """
 
-from ...kernels import cells as storage
+from ...kernels.cells import DTYPES
 from .causal import CausalCache, ChunkedCache, SlidingWindowCache
 from .cells import BLOCK
 from .config import CacheConfig, CacheFull, NotSupported
 from .encoder import EncoderCache
 from .wrapper import WrapperCache
-
-DTYPES = {name: storage.DTYPES[name] for name in ("f32", "bf16")}  # those that attention reads
 
 __all__ = [
     "BLOCK",

@@ -8,7 +8,7 @@ import numpy as np
 from ...kernels.cells import DTYPES, load, store, width
 from ...kernels.errors import ToyllmError
 from .cells import ENDLESS, Cells
-from .config import MOST, CacheConfig, NotSupported, check_batch, check_rows, check_size, check_sizes
+from .config import MOST, CacheConfig, NotSupported, check_batch, check_config, check_rows, check_size, check_sizes
 
 Shift = Callable[[int, np.ndarray, np.ndarray], np.ndarray]  # (layer, key f32 [n, G, Dh], offsets int64 [n]): the keys that much later
 Commit = Callable[[], None]  # does what was found possible, and cannot fail
@@ -88,8 +88,7 @@ class CausalCache:
 
     def prepare_config(self, config: CacheConfig) -> Commit:
         """Each `prepare_` finds whether its operation can be done, raises if not, and returns what does it."""
-        if self._used:
-            raise NotSupported("set_config: the cache is in use already, expected before its first pass")
+        check_config(config, self._used)
         return lambda: setattr(self, "_config", config)
 
     def start_forward(self, positions: object, sequences: object, reserve: bool = False) -> None:
@@ -164,7 +163,7 @@ class CausalCache:
     def get(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All keys and values of the layer that the batch sees, f32 [history, G, Dh], and what each token sees, bool [T, history].
 
-        In no order, each cell once; or as `set_config` has it. With `reserve` all cells, and nothing is seen.
+        In no order, each cell once; or as `set_config` has it. With `reserve` as many as there are cells, and nothing is seen.
         """
         cells, visible = self._cells.history()
         n, tokens, c = len(cells), len(visible), self._config
@@ -172,7 +171,8 @@ class CausalCache:
         rows = []
         for stored in (self.keys, self.values):
             out = np.zeros((padded, self.kv_heads, self.head_dim), np.float32)
-            out[:n] = self._f32(stored, cells)
+            if not self._cells.reserved:
+                out[:n] = self._f32(stored, cells)
             rows.append(out)
         mask = np.zeros((-(-tokens // c.mask_batch_padding) * c.mask_batch_padding, padded), bool)
         mask[:tokens, :n] = visible

@@ -7,9 +7,8 @@ Each sequence would have its cells adjoin: it takes the one behind its last, els
 free run. A cell that several sequences hold is free when the last of them gives it back.
 
 An interrupt inside an operation leaves every sequence as it was or as it shall be, or, where what it holds is moved or restored, without
-that: a cell is counted as taken before a row names it and
-until none does, and a row that has to be written anew is written elsewhere and then takes the old one's place. Cells that nobody holds in
-the end are found before a cache is called full.
+that: a cell is counted as taken before a row names it and until none does, and a row that has to be written anew is written elsewhere,
+then takes the old one's place. Cells that nobody holds in the end are found before a cache is called full.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -98,7 +97,7 @@ class Cells:
     def length(self, sequence: int) -> int:
         """How many positions a sequence has had, those forgotten since included."""
         row = self._rows.get(sequence)
-        return row.before + row.last if row else 0
+        return row.before + row.last if row and row.last > row.first else 0
 
     def last(self, sequence: int) -> int | None:
         """The last position stored; None of an empty sequence."""

@@ -38,6 +38,14 @@ class CacheConfig:
             raise ToyllmError(f"mask_dtype {self.mask_dtype!r}: expected bool or a float dtype")
 
 
+def check_config(config: object, used: bool) -> None:
+    """Raise NotSupported where a cache is in use, ToyllmError for what is no configuration."""
+    if used:
+        raise NotSupported("set_config: the cache is in use already, expected before its first pass")
+    if not isinstance(config, CacheConfig):
+        raise ToyllmError(f"set_config: expected a CacheConfig, found {type(config).__name__}")
+
+
 def is_integer(value: object) -> bool:
     """Whether it is a whole number, of Python's or of NumPy's, and no truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

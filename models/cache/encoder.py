@@ -7,7 +7,7 @@ import numpy as np
 from ...kernels.cells import load, store, width
 from ...kernels.errors import ToyllmError
 from .causal import Commit, Shift, check_sequence
-from .config import CacheConfig, NotSupported, check_batch, check_rows, check_size, check_sizes
+from .config import CacheConfig, NotSupported, check_batch, check_config, check_rows, check_size, check_sizes
 
 
 class EncoderCache:
@@ -77,8 +77,7 @@ class EncoderCache:
 
     def prepare_config(self, config: CacheConfig) -> Commit:
         """As `CausalCache.prepare_config`."""
-        if self._used:
-            raise NotSupported("set_config: the cache is in use already, expected before its first pass")
+        check_config(config, self._used)
         return lambda: setattr(self, "_config", config)
 
     def start_forward(self, positions: object, sequences: object, reserve: bool = False) -> None:

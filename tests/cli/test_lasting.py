@@ -12,7 +12,7 @@ import pytest
 
 from toyllm.cli import chat, generate
 from toyllm.models.location import EMBEDDED
-from toyllm.models.model import Model
+from toyllm.models.model import Model, load
 
 harmony_model = runpy.run_path(str(Path(__file__).parents[1] / "harmony_model.py"))
 GREEDY = ("--temperature", "0")
@@ -166,6 +166,28 @@ def test_a_prompt_that_begins_the_same_is_read_from_where_it_differs(document: A
     assert found["usage"]["reused_tokens"] == len(found["prompt_tokens"]) - 1
     assert ids(found) == ids(document("Once upon a time there lived", *options[:-2]))
     assert "prompt reused:        0 tokens\n" in toyllm("generate", "The", *options, "--stats").err
+
+
+def test_windows_too_step_back_to_where_a_prompt_differs_and_the_memory_told_counts_that(
+    document: Any, toyllm: Any, tmp_path: Path
+) -> None:
+    text = " ".join(str(n * 7 % 901) for n in range(400))
+    options = ("-m", "tales-gpt-oss", *GREEDY, "--max-tokens", "40")
+    session = ("--session", str(tmp_path / "s"))
+    first = document(text + " one question", *options, *session)
+    assert len(first["prompt_tokens"]) > 600, "many windows of 128"
+    second = document(text + " two", *options, *session)
+    assert second["usage"]["reused_tokens"] >= len(first["prompt_tokens"]) - 10
+    assert ids(second) == ids(document(text + " two", *options))
+
+    def cache(*more: str) -> int:
+        *_, total = [line for line in toyllm("generate", "x", *options, "--stats", *more).err.splitlines() if line.startswith("total ")]
+        return int(total.split()[3].replace(",", ""))
+
+    model = load("tales-gpt-oss")
+    bytes_of = [model.family.cache_bytes(model.config, model.config.context, 512, "f32", 1, keep) for keep in (0, 1024)]
+    assert [cache(), cache(*session)] == bytes_of
+    assert bytes_of[0] < bytes_of[1] == model.new_cache(keep=1024).nbytes
 
 
 def test_a_text_that_has_ended_goes_on_without_its_end(document: Any, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import toyllm as package
 from toyllm.cli.main import run
 
 hollow = runpy.run_path(str(Path(__file__).parents[1] / "hollow.py"))
@@ -85,10 +87,10 @@ def test_the_json_document(moe: str, capsys: pytest.CaptureFixture) -> None:
         assert sum(group["parameters"] for group in document[groups]) == document["parameters"]
         assert sum(group["bytes"] for group in document[groups]) == document["bytes"]
     assert [group["component"] for group in document["components"]] == ["embedding", "attention", "router", "experts", "norms", "head"]
-    assert document["running"] == {"context": 100, "cache_dtype": "bf16", "prefill_chunk": 512, "weights": "stored"}
+    assert document["running"] == {"context": 100, "cache_dtype": "bf16", "prefill_chunk": 512, "weights": "stored", "sequences": 1}
     needs, token = document["memory"], document["token"]
     assert sum(piece["bytes"] for piece in needs["pieces"]) == needs["needed_bytes"]
-    assert needs["cache_bytes"] == 2048 * 100
+    assert needs["cache_bytes"] == 2048 * (100 + 100), "what a window remembers, and a pass"
     assert token["bytes"] == token["weight_bytes"] + token["cache_bytes"]
     assert token["tok_s"] == pytest.approx(40e9 / token["bytes"])
     (file,) = document["files"]
@@ -117,6 +119,16 @@ def test_the_plan_of_weights_in_8_bits(moe: str, capsys: pytest.CaptureFixture) 
         assert "quantised" in capsys.readouterr().out.split("\n\n")[table]
         assert run(["params", "-m", moe, *options]) == 0
         assert "quantised" not in capsys.readouterr().out
+
+
+def test_several_sequences_take_as_many_caches_as_are_then_made(toyllm: Any) -> None:
+    for model in ("tales-gpt2", "tales-gpt-oss"):
+        found = json.loads(toyllm("params", "-m", model, "--json", "--batch-size", "8", "--context", "100").out)
+        assert found["running"]["sequences"] == 8
+        assert found["memory"]["cache_bytes"] == package.load(model).new_cache(100, sequences=8).nbytes
+    text = toyllm("params", "--batch-size", "8").out
+    assert "prompts by 512, 8 sequences together" in text
+    assert toyllm("params", "--batch-size", "0").error == "--batch-size 0: expected at least 1"
 
 
 def test_a_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -59,11 +59,14 @@ def test_the_folder_is_the_only_output_and_find_model_finds_it_offline(hub: Any,
     assert len(hub.requests) == asked
 
 
-def test_interrupted_it_ends_with_130_at_once_and_goes_on_the_next_time(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_with_130_at_once_and_goes_on_the_next_time(
+    hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture, number: signal.Signals
+) -> None:
     hub.stalled["model.safetensors"] = begun = threading.Event()
     process = start("pull", "me/x")
     assert begun.wait(60)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=5)
     assert (process.returncode, out) == (130, "")
     assert err.split("\n", 1)[1].strip() == "interrupted: finished files are kept, and the same command goes on from there"

@@ -5,13 +5,14 @@ python -m tests.fuzz headers --seed 1 --only 1234       the traceback of one tri
 """
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from random import Random
 
-from . import configs, headers, indexes, kernels, slices, streams, weights
-from .leg import Leg, Result, run, scratch_folder
+from . import batches, cards, configs, headers, indexes, kernels, sessions, slices, streams, tokenizers, weights
+from .leg import Leg, Result, ready, run
 
 LEGS: dict[str, Leg] = {
     "headers": headers.LEG,
@@ -19,6 +20,10 @@ LEGS: dict[str, Leg] = {
     "configs": configs.LEG,
     "slices": slices.LEG,
     "streams": streams.LEG,
+    "tokenizers": tokenizers.LEG,
+    "cards": cards.LEG,
+    "sessions": sessions.LEG,
+    "batches": batches.LEG,
     "weights": weights.LEG,
     "kernels": kernels.LEG,
 }
@@ -53,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def alone(leg: Leg, seed: int, number: int) -> int:
     """One trial, whatever it raises shown. Returns 1 for a find."""
-    with scratch_folder() as folder:
+    with ready(leg) as trial:
         try:
-            print(leg.prepare(folder)(Random(f"{seed} {number}")))
+            print(trial(Random(f"{seed} {number}")))
         except BaseException:  # noqa: BLE001 - a panic of a Rust library is a BaseException
             traceback.print_exc()
             return 1
@@ -73,4 +78,5 @@ def report(name: str, seed: int, result: Result) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("toyllm").setLevel(logging.CRITICAL)  # notes on damaged files, thousands of them
     sys.exit(main())

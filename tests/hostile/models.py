@@ -88,9 +88,14 @@ GPT_OSS_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("rope theta of 0", {"rope_theta": 0}, "rope_theta: expected a number above"),
     ("rope factor of 1e308", {"rope_scaling": ROPE | {"factor": 1e308}}, "rope_factor: expected 1 to"),
     ("an attention factor", {"rope_scaling": ROPE | {"attention_factor": 2.0}}, "rope_attention_factor: expected YaRN's own"),
+    ("a swiglu limit beyond f32", {"swiglu_limit": 1e300}, "swiglu_limit: expected a number above 0, at most"),
     ("a swiglu limit of 0", {"swiglu_limit": 0}, "swiglu_limit: expected a number above 0"),
 ]
 SOUND: list[tuple[str, Make]] = [
+    ("an epsilon below f32", with_config(layer_norm_epsilon=1e-320)),
+    ("an epsilon beyond f32", with_config(gpt_oss, rms_norm_eps=1e300)),
+    ("a theta of next to 1", with_config(gpt_oss, rope_theta=1.0000000000000002)),
+    ("a theta of 1e300", with_config(gpt_oss, rope_theta=1e300)),
     ("eos as an integer", with_config(eos_token_id=5)),
     ("eos as a list", with_config(eos_token_id=[5, 6])),
     ("eos null", with_config(eos_token_id=None)),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from ..fuzz.__main__ import LEGS, main
 from ..fuzz.leg import Find, Leg, Trial, run, scratch_folder
 
-FEW = {"configs": 30, "weights": 15, "kernels": 20}  # trials of the legs that run kernels; 60 of the others
+FEW = {
+    "configs": 20,
+    "weights": 4,
+    "kernels": 10,
+    "cards": 20,
+    "tokenizers": 20,
+    "sessions": 15,
+    "batches": 3,
+}  # of long legs; 60 of others
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,14 @@ SETTINGS = [
 def every_run(folder: Path, harmony: Path) -> dict[str, list[list[str]]]:
     """Runs of every command but `pull`, on a model in the cache."""
     model = ["-m", REPO]
+    (folder / "prompts").write_text('{"prompt": "Once"}\n{"prompt": "Twice"}\n')
     return {
-        "generate": [["generate", "Once", *model, *FEW], ["generate", "--chat", "Hello", "-m", str(harmony), *FEW]],
+        "generate": [
+            ["generate", "Once", *model, *FEW],
+            ["generate", "--chat", "Hello", "-m", str(harmony), *FEW],
+            ["generate", "--input", str(folder / "prompts"), "--output", str(folder / "answers"), *model, *FEW],
+            ["generate", "Once", "--session", str(folder / "session"), "--context-shift", *model, *FEW],
+        ],
         "chat": [["chat", "-m", str(harmony), *FEW]],
         "tokenize": [["tokenize", "Once", *model]],
         "detokenize": [["detokenize", "72 73", *model]],
@@ -75,7 +81,6 @@ def every_run(folder: Path, harmony: Path) -> dict[str, list[list[str]]]:
         "check": [["check", *model]],
         "cut": [["cut", str(folder / "out"), *model]],
         "bench": [["bench", "-p", "2", "-n", "1", "--repetitions", "1", *model]],
-        "batch": [],
     }
 
 

@@ -15,7 +15,7 @@ from toyllm.kernels.attention import (
     attention_portable,
     attention_reference,
 )
-from toyllm.kernels.dtypes import to_bf16, widen
+from toyllm.kernels.cells import DTYPES, load, store
 from toyllm.kernels.threads import thread_scratch
 
 TOLERANCE = 2e-6  # reached: 8e-7; the design asks for 1e-5
@@ -50,15 +50,19 @@ class Case:
         return out
 
     def reference(self) -> np.ndarray:
-        q, keys, values = (widen(a).astype(np.float64) for a in (self.q, self.keys, self.values))
+        q, keys, values = (load(a, self.q.shape[-1]).astype(np.float64) for a in (self.q, self.keys, self.values))
         out, sinks = np.empty_like(q), NO_SINKS if self.sinks is None else self.sinks.astype(np.float64)
         with np.errstate(invalid="ignore"):
             attention_reference(q, keys, values, self.cells, self.begin, self.end, self.scale, out, sinks)
         return out
 
-    def in_bf16(self) -> "Case":
-        """Keys and values rounded to bf16, as a cache may hold them."""
-        return replace(self, keys=to_bf16(self.keys), values=to_bf16(self.values))
+    def stored(self, dtype: str) -> "Case":
+        """Keys and values as a cache holds them in this dtype."""
+        return replace(self, keys=store(self.keys, dtype), values=store(self.values, dtype))
+
+    def loaded(self) -> "Case":
+        """The f32 that the stored keys and values stand for."""
+        return replace(self, keys=load(self.keys, self.q.shape[-1]), values=load(self.values, self.q.shape[-1]))
 
     def queries(self, first: int, last: int) -> "Case":
         """These queries alone."""
@@ -114,23 +118,35 @@ def test_equals_the_reference_on_every_shape(rng, case, error, Dh):
     for T, S, H, G in SHAPES:
         for window in (0, 1, 70):
             plain = case(T, S, H, G, Dh, window, unused=5)
-            for c in (plain, plain.in_bf16(), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
+            for c in (*map(plain.stored, DTYPES), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
                 expected = c.reference()
                 assert error(c.tiles(), expected) < TOLERANCE, (T, S, H, G, window)
                 assert error(c.plain(), expected) < TOLERANCE, (T, S, H, G, window)
 
 
-@pytest.mark.parametrize(("T", "S", "H", "G", "Dh"), [(1, 1, 1, 1, 1), (1, 70, 2, 1, 3), (3, 5, 4, 2, 7), (2, 66, 1, 1, 2)])
+@pytest.mark.parametrize(
+    ("T", "S", "H", "G", "Dh"), [(1, 1, 1, 1, 1), (1, 70, 2, 1, 3), (3, 5, 4, 2, 7), (2, 66, 1, 1, 2), (1, 9, 2, 1, 70)]
+)
 def test_portable_twin_equals_the_reference(rng, case, error, T, S, H, G, Dh):
     for window in (0, 2):
         plain = case(T, S, H, G, Dh, window)
-        for c in (plain, plain.in_bf16(), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
+        for c in (*map(plain.stored, DTYPES), replace(plain, sinks=rng.standard_normal(H).astype(np.float32))):
             assert error(c.twin(), c.reference()) < TOLERANCE
 
 
 @pytest.mark.needs_jit
-def test_tiles_and_twin_agree(case, error):
-    c = case(33, 300, 6, 2, 33, window=100)
+@pytest.mark.parametrize("dtype", ["bf16", "q8"])
+@pytest.mark.parametrize("Dh", [7, 31, 32, 33, 64, 80])
+def test_stored_keys_and_values_give_the_bits_of_the_numbers_they_stand_for(case, dtype, Dh):
+    for T, S, H, G in SHAPES:
+        c = case(T, S, H, G, Dh, window=100).stored(dtype)
+        assert np.array_equal(c.tiles(), c.loaded().tiles()), (T, S, H, G)
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_and_twin_agree(case, error, dtype):
+    c = case(33, 300, 6, 2, 33, window=100).stored(dtype)
     assert error(c.tiles(), c.twin()) < TOLERANCE
 
 
@@ -149,7 +165,7 @@ def test_queries_of_several_sequences_share_a_pass(rng, case, error):
 def test_cells_in_any_order_give_the_same_bits(rng, case, Dh):
     for T in (1, 20):
         plain = case(T, 150, 4, 2, Dh, window=100)
-        for c in (plain, plain.in_bf16()):
+        for c in map(plain.stored, DTYPES):
             assert np.array_equal(c.permuted(rng).tiles(), c.tiles())
             assert np.array_equal(c.permuted(rng, 11).tiles(), c.tiles())
 
@@ -234,7 +250,7 @@ def test_a_sink_is_a_gate_on_attention_without_one(rng, case, error, run):
 @pytest.mark.parametrize("window", [0, 128])
 def test_in_the_shape_of_gpt_oss(rng, case, error, window):
     """Eight queries a key, bf16 keys, sinks: against f64, alone as among others, in any cells, on any number of threads."""
-    c = replace(case(9, 300, 16, 2, 64, window), sinks=rng.standard_normal(16).astype(np.float32)).in_bf16()
+    c = replace(case(9, 300, 16, 2, 64, window), sinks=rng.standard_normal(16).astype(np.float32)).stored("bf16")
     together = c.tiles()
     assert error(together, c.reference()) < TOLERANCE
     assert np.array_equal(c.permuted(rng).tiles(), together)
@@ -288,13 +304,27 @@ def test_plus_infinity_or_nothing_but_minus_infinity_is_nan(case, run, cells, sc
 
 
 @either
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("what", ["keys", "values"])
-def test_nan_in_an_invisible_cell_changes_nothing(case, run, what):
+def test_nan_in_an_invisible_cell_changes_nothing(case, run, what, dtype):
     c = case(3, 75, 2, 1, 7, window=5, unused=4)
     poisoned = getattr(c, what).copy()
     visible = np.arange(68, 75)
     poisoned[:, np.setdiff1d(np.arange(79), visible)] = np.nan
-    assert np.array_equal(run(replace(c, **{what: poisoned})), run(c))
+    found = run(replace(c, **{what: poisoned}).stored(dtype))
+    assert np.isfinite(found).all()
+    assert np.array_equal(found, run(c.stored(dtype)))
+
+
+@either
+def test_nan_in_a_cell_of_8_bits_shows_in_all_that_its_scale_is_for(case, run):
+    c = case(1, 70, 2, 1, 40)
+    values, keys = c.values.copy(), c.keys.copy()
+    values[0, 69, 33] = np.nan
+    found = np.isnan(run(replace(c, values=values).stored("q8")))
+    np.testing.assert_array_equal(found[0], [[d >= 32 for d in range(40)]] * 2)
+    keys[0, 69, 33] = np.nan
+    assert np.isnan(run(replace(c, keys=keys).stored("q8"))).all()
 
 
 @either

@@ -87,8 +87,8 @@ def test_poison_shows(rows, dtype, Dh):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: width(64, "q4"), "--cache-dtype q4: expected f32, bf16, q8"),
-        (lambda: store(np.ones((2, 3), np.float32), "q4"), "--cache-dtype q4: expected f32, bf16, q8"),
+        (lambda: width(64, "q4"), "--cache-dtype q4: expected f32 or bf16 or q8"),
+        (lambda: store(np.ones((2, 3), np.float32), "q4"), "--cache-dtype q4: expected f32 or bf16 or q8"),
         (lambda: store(np.ones((2, 3)), "q8"), "rows: expected f32, found float64"),
         (lambda: store([1.0], "f32"), "rows: expected a NumPy array, found list"),
         (lambda: store(np.float32(1), "q8"), "rows: expected a NumPy array, found float32"),

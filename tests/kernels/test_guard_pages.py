@@ -54,16 +54,17 @@ def products(at_end: bool) -> None:
 
 
 def attentions(at_end: bool) -> None:
-    """Attention over a few keys and many, in neighbouring cells and others, in f32 and bf16."""
+    """Attention over a few keys and many, in neighbouring cells and others, in every dtype of a cache."""
     from toyllm.kernels.attention import SCRATCH, attention_kernel
-    from toyllm.kernels.dtypes import BF16, F32
+    from toyllm.kernels.cells import DTYPES, width
+    from toyllm.kernels.dtypes import F32
     from toyllm.kernels.threads import max_threads
 
     scratch = guarded((max_threads(), SCRATCH), F32, at_end)
-    for Dh, S, T, dtype in product((1, 7, 16, 33, 64, 80), (1, 3, 17, 63, 65, 130), (1, 5, 17), (F32, BF16)):
+    for Dh, S, T, dtype in product((1, 7, 16, 31, 33, 64, 80), (1, 3, 17, 63, 65, 130), (1, 5, 17), DTYPES):
         G, H = (2, 2) if T == 5 else (1, 6) if T == 1 else (2, 4)
         q, out = guarded((T, H, Dh), F32, at_end), guarded((T, H, Dh), F32, at_end)
-        keys, values = guarded((G, S, Dh), dtype, at_end), guarded((G, S, Dh), dtype, at_end)
+        keys, values = (guarded((G, S, width(Dh, dtype)), DTYPES[dtype], at_end) for _ in range(2))
         cells, begin, end = guarded((S,), np.int32, at_end), guarded((T,), np.int64, at_end), guarded((T,), np.int64, at_end)
         begin[:], end[:] = np.arange(T) % S, S
         for adjoining in (True, False):
@@ -115,6 +116,51 @@ def q8(at_end: bool) -> None:
             matmul_q8_kernel(guarded((M, K), F32, at_end), w, bias, guarded((M, N), F32, at_end), panels)
 
 
+def sums(at_end: bool) -> None:
+    """Sums over a row: norms, and those of the portable kernels in every storage format."""
+    from toyllm.kernels.attention import SCRATCH, attention_portable
+    from toyllm.kernels.cells import DTYPES, width
+    from toyllm.kernels.dtypes import BF16, F16, F32
+    from toyllm.kernels.matmul import NO_BIAS, matmul_portable
+    from toyllm.kernels.norm import layer_norm_kernel, rms_norm_kernel
+    from toyllm.kernels.q8 import Q8, matmul_q8_portable
+    from toyllm.kernels.sampling import log_sum_exp
+    from toyllm.kernels.threads import max_threads
+
+    def f32(*shape: int) -> np.ndarray:
+        return guarded(shape, F32, at_end)
+
+    for n in SIZES:
+        for T in (1, 3):
+            layer_norm_kernel(f32(T, n), f32(n), f32(n), 1e-5, f32(T, n))
+            rms_norm_kernel(f32(T, n), f32(n), 1e-5, f32(T, n))
+        log_sum_exp(f32(n))
+        for dtype in (F32, F16, BF16):
+            matmul_portable(f32(2, n), guarded((3, n), dtype, at_end).T, NO_BIAS, f32(2, 3))
+        blocks = -(-n // 32)
+        w = Q8(guarded((3, 32 * blocks), np.int8, at_end), guarded((3, blocks), F16, at_end), n)
+        matmul_q8_portable(f32(2, n), w, NO_BIAS, f32(2, 3))
+        for dtype in DTYPES:
+            keys, values = (guarded((1, 3, width(n, dtype)), DTYPES[dtype], at_end) for _ in range(2))
+            cells, begin, end = guarded((3,), np.int32, at_end), guarded((2,), np.int64, at_end), guarded((2,), np.int64, at_end)
+            cells[:], end[:] = (2, 0, 1), 3
+            attention_portable(f32(2, 2, n), keys, values, cells, False, begin, end, 1.0, f32(2, 2, n), f32(max_threads(), SCRATCH))
+
+
+def rows(at_end: bool) -> None:
+    """Rows rounded for a KV cache and for products in bf16, and memory read as a stream."""
+    from toyllm.kernels.pairs import round_rows
+    from toyllm.kernels.rounding import bf16_rows, q8_rows
+    from toyllm.kernels.stream import COLUMNS, ROWS, read_stream
+
+    for n, Dh in product((1, 3), SIZES):
+        x = guarded((n, Dh), np.float32, at_end)
+        bf16_rows(x, guarded((n, Dh), np.uint16, at_end))
+        q8_rows(x, guarded((n, Dh + 2 * -(-Dh // 32)), np.int8, at_end))
+        round_rows(x, Dh + 1)
+    read_stream(guarded((2, ROWS, COLUMNS), np.float32, at_end))
+
+
 def experts(at_end: bool) -> None:
     """One token's experts, the first and the last among them."""
     from toyllm.kernels.matmul import ROWS
@@ -149,7 +195,7 @@ def run(what: str, *ends: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "q8", "experts"])
+@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "q8", "experts", "sums", "rows"])
 def test_nothing_outside_an_array_is_touched(what):
     done = run(what, "begin", "end")
     assert done.returncode == 0, done.stderr
@@ -161,6 +207,6 @@ def test_an_element_outside_would_be_noticed():
 
 
 if __name__ == "__main__":
-    check = {f.__name__: f for f in (products, attentions, mxfp4, q8, experts, beyond)}[sys.argv[1]]
+    check = {f.__name__: f for f in (products, attentions, mxfp4, q8, experts, sums, rows, beyond)}[sys.argv[1]]
     for side in sys.argv[2:]:
         check(at_end=side == "end")

@@ -179,6 +179,10 @@ class TestOthers:
         fresh_process()
         assert [path.exists() for path in made] == [True] * jit.OTHERS + [False] * 5
 
+    def test_a_clock_that_went_back_removes_nothing_in_haste(self, others, fresh_process):
+        later = [others(i, days=-400 - i) for i in range(jit.OTHERS)]
+        assert all(path.exists() for path in [fresh_process(), *later])
+
     def test_only_a_new_version_looks_at_them(self, others, fresh_process):
         mine = fresh_process()
         old = others(1, days=99)

@@ -1,12 +1,23 @@
-"""Every public kernel refuses what it cannot compute with, in one line that names the argument, before compiled code reads it."""
+"""Every public kernel refuses what it cannot compute with, in one line that names the argument, before compiled code reads it.
 
-from collections.abc import Callable
+Which these are is found by walking the package: a function that reaches compiled code and takes arrays is here, or says in its docstring
+that it is unchecked.
+"""
+
+import dis
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import FunctionType
 
 import numpy as np
 import pytest
 
+import toyllm.kernels
 from toyllm.kernels.activation import gelu, gelu_new
 from toyllm.kernels.attention import attention
+from toyllm.kernels.cells import store
 from toyllm.kernels.dtypes import to_bf16
 from toyllm.kernels.errors import ToyllmError
 from toyllm.kernels.matmul import matmul
@@ -16,6 +27,7 @@ from toyllm.kernels.q8 import Q8, dequantize_reference, matmul_q8, quantize, qua
 from toyllm.kernels.rotary import rotate
 from toyllm.kernels.routing import route
 from toyllm.kernels.sampling import largest, log_sum_exp, sample
+from toyllm.kernels.stream import COLUMNS, ROWS, read_stream
 
 vector, matrix, cube = np.ones(4, np.float32), np.ones((3, 4), np.float32), np.ones((2, 3, 4), np.float32)
 weights = np.ones((4, 5), np.float32)
@@ -42,10 +54,15 @@ CALLS: dict[Callable, dict[str, object]] = {
     matmul_q8: {"x": np.ones((2, 40), np.float32), "w": in_8_bits, "bias": np.ones(3, np.float32)},
     quantize: {"w": weights},
     route: {"logits": matrix, "k": 2},
+    read_stream: {"a": np.ones((1, ROWS, COLUMNS), np.float32)},
+    store: {"rows": matrix, "dtype": "q8"},
     rotate: {"x": cube, "cos": np.ones((2, 2), np.float32), "sin": np.ones((2, 2), np.float32)},
 }
 OPTIONAL = [(matmul, "bias"), (matmul_mxfp4, "bias"), (matmul_q8, "bias"), (dequantize, "out")]
-ARRAYS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, np.ndarray)]
+ANYWHERE = [(matmul, "w"), (quantize, "w")]  # weights as in a memory map
+ARRAYS = [
+    (call, name) for call, arguments in CALLS.items() if call is not store for name, a in arguments.items() if isinstance(a, np.ndarray)
+]
 # What does not hold in their place, and what the error says.
 WRONG: list[tuple[Callable, dict[str, object], str]] = [
     (matmul, {"x": np.ones((3, 5), np.float32)}, r"x: expected shape \[any, 4\], found \[3, 5\]"),
@@ -105,6 +122,10 @@ WRONG: list[tuple[Callable, dict[str, object], str]] = [
     (route, {"k": 0}, "k: expected 1 to 4, the number of experts, found 0"),
     (route, {"k": 5}, "k: expected 1 to 4, the number of experts, found 5"),
     (route, {"normalization": "max"}, "normalization: expected softmax or linear, found 'max'"),
+    (read_stream, {"a": np.ones((1, ROWS, 5), np.float32)}, rf"a: expected shape \[any, {ROWS}, {COLUMNS}\], found"),
+    (store, {"dtype": "q4"}, "--cache-dtype q4: expected f32 or bf16 or q8"),
+    (attention, {"keys": np.ones((1, 3, 4), np.int8)}, r"keys: expected shape \[any, any, 6\], found \[1, 3, 4\]"),
+    (attention, {"keys": np.ones((1, 3, 6), np.int8)}, r"values: expected int8, found f32"),
     (rotate, {"x": np.ones((2, 3, 5), np.float32)}, "x: expected an even head size, found 5"),
     (rotate, {"cos": np.ones((2, 4), np.float32)}, r"cos: expected shape \[2, 2\], found \[2, 4\]"),
     (rotate, {"sin": np.ones((3, 2), np.float32)}, r"sin: expected shape \[2, 2\], found \[3, 2\]"),
@@ -140,6 +161,26 @@ def test_refuses(call, changed, says):
 
 @pytest.mark.parametrize(("call", "name"), ARRAYS, ids=lambda a: getattr(a, "__name__", a))
 class TestEveryArray:
+    def test_that_is_empty_or_pretends_to_be_huge(self, call, name):
+        """Without elements there is nothing to compute, or it is refused; as are 2^60 that share their bytes, at once."""
+        array = CALLS[call][name]
+        for axis in range(array.ndim):
+            try:
+                found = call(**(CALLS[call] | {name: np.empty([0 if i == axis else n for i, n in enumerate(array.shape)], array.dtype)}))
+            except ToyllmError:
+                continue
+            assert np.size(found.values if isinstance(found, Q8) else found) == 0
+            huge = np.broadcast_to(array.reshape(-1)[0], [2**60 if i == axis else 1 for i in range(array.ndim)])
+            assert refusal(call, {name: huge}).startswith(name)
+
+    def test_that_is_not_aligned(self, call, name):
+        array = CALLS[call][name]
+        if array.dtype.alignment == 1 or (call, name) in ANYWHERE:
+            pytest.skip("may lie anywhere")
+        odd = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+        odd[...] = array
+        assert refusal(call, {name: odd}) == f"{name}: expected an aligned array; pass {name}.copy()"
+
     def test_of_another_type(self, call, name):
         array = CALLS[call][name]
         for wrong in (array.tolist(), 3 if (call, name) in OPTIONAL else None, "text", array.astype(object)):
@@ -163,6 +204,55 @@ class TestEveryArray:
         assert message.startswith(f"{name}: expected a ")
         assert "contiguous" in message
         assert f"pass np.ascontiguousarray({name})" in message
+
+
+NUMBERS = [(call, name) for call, arguments in CALLS.items() for name, number in arguments.items() if isinstance(number, int | float)] + [
+    (layer_norm, "epsilon"),
+    (rms_norm, "epsilon"),
+]
+
+
+@pytest.mark.parametrize(("call", "name"), NUMBERS, ids=lambda a: getattr(a, "__name__", a))
+def test_of_every_number(call, name):
+    for wrong in (None, "1", [1], True, 1j, np.ones(2), 2**70, -(2**5000)):
+        assert refusal(call, {name: wrong}).startswith(f"{name}: expected ")
+
+
+def reaches(function: Callable, seen: set[Callable]) -> bool:
+    """Whether a function of toyllm.kernels calls compiled code, itself or through others."""
+    if hasattr(function, "py_func"):
+        return True
+    if not isinstance(function, FunctionType) or not function.__module__.startswith("toyllm.kernels") or function in seen:
+        return False
+    seen.add(function)
+    loads = (step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL")
+    named = [function.__globals__.get(name) for name in loads]
+    for module, name in LATE.get(function.__name__, ()):
+        named.append(getattr(importlib.import_module(f"toyllm.kernels.{module}"), name))
+    return any(callable(other) and reaches(other, seen) for other in named)
+
+
+LATE = {"store": [("rounding", "q8_rows")]}  # what functions import when they run
+
+
+def taking_arrays() -> Iterator[Callable]:
+    for module in pkgutil.iter_modules(toyllm.kernels.__path__):
+        if module.ispkg or module.name == "elementary":  # what kernels inline, a number at a time
+            continue
+        for name, function in vars(importlib.import_module(f"toyllm.kernels.{module.name}")).items():
+            if name.startswith("_") or not isinstance(function, FunctionType) or function.__module__ != f"toyllm.kernels.{module.name}":
+                continue
+            given = " ".join(str(p.annotation) for p in inspect.signature(function).parameters.values())
+            if ("ndarray" in given or "Q8" in given or "empty" in given) and reaches(function, set()):
+                yield function
+
+
+@pytest.mark.needs_jit
+def test_every_kernel_is_here_or_says_that_it_is_unchecked():
+    found = list(taking_arrays())
+    assert set(CALLS) <= set(found)
+    missing = [f"{f.__module__}.{f.__name__}" for f in found if f not in CALLS and "unchecked" not in (f.__doc__ or "").lower()]
+    assert not missing
 
 
 @pytest.mark.needs_jit

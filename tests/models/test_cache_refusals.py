@@ -50,6 +50,7 @@ BAD: dict[str, tuple[Callable[[CausalCache], Any], str]] = {
     "copy less than nothing": (lambda c: c.copy_prefix(0, 1, -1), "length -1: expected an integer from 0 on"),
     "remove before": (lambda c: c.remove(0, -1), "begin -1: expected an integer from 0 on"),
     "remove backwards": (lambda c: c.remove(0, 3, 2), "end 2: expected an integer from 3 on"),
+    "a configuration of another kind": (lambda c: causal().set_config({"padding": 4}), "set_config: expected a CacheConfig, found dict"),
     "no configuration": (lambda c: CacheConfig(padding=0), "padding 0: expected an integer from 1 on"),
     "no mask": (lambda c: CacheConfig(mask_dtype=np.int32), "mask_dtype <class 'numpy.int32'>: expected bool or a float dtype"),
     "no dtype": (lambda c: CacheConfig(mask_dtype="what"), "mask_dtype 'what': expected bool or a float dtype"),

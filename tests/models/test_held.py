@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import toyllm
+from toyllm.models.cache import DTYPES
 from toyllm.models.gpt_oss import frequencies
 from toyllm.models.held import Held, common_prefix, members, windowed
 from toyllm.models.model import Model
@@ -95,6 +96,19 @@ def test_without_a_mark_a_window_that_has_moved_on_is_read_anew(small: Model) ->
     one_by_one(held, ids[50:])
     assert held.step_back(40) == 0, "the mark lies behind it"
     np.testing.assert_array_equal(bits(held.read(ids)), bits(Held(small, 512).read(ids)))
+
+
+def test_windows_that_were_made_to_step_back_do_so_without_a_mark(small: Model) -> None:
+    ids = some_ids(small, 150)
+    held = Held(small, 512, back=50)
+    one_by_one(held, ids)
+    other = Held(small, 512)
+    other.restore(held.ids, held.states())  # more of a window than this one keeps
+    np.testing.assert_array_equal(bits(other.read([9])), bits(fresh(small, ids, 512).read([9])))
+    assert held.step_back(100) == 100
+    np.testing.assert_array_equal(bits(held.read([9])), bits(fresh(small, ids[:100], 512).read([9])))
+    held.step_back(100)
+    assert held.step_back(40) == 0
 
 
 def test_a_mark_costs_the_windows_and_nothing_else(small: Model) -> None:
@@ -236,7 +250,7 @@ def test_an_interrupt_while_shifting_leaves_nothing_that_is_wrong(name: str, mon
 # Saved and restored
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tales-gpt2", "tales-gpt-oss"])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_what_is_restored_goes_on_bit_for_bit(name: str, dtype: str, shifted: bool) -> None:

@@ -224,6 +224,10 @@ def test_an_endpoint_is_taken_as_it_is_without_its_last_slash(monkeypatch: pytes
     assert endpoint() == (url.rstrip("/") or "https://huggingface.co")
 
 
+def test_a_name_that_a_terminal_would_obey_is_left() -> None:
+    assert wanted_files(["config.json", "LICENSE\x1b]52;c;AA\x07", "LICENSE\u202e", "LICENSE.md"]) == ["config.json", "LICENSE.md"]
+
+
 def test_with_one_weights_file_the_others_are_left() -> None:
     shards = ["model-00000-of-00001.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
     assert wanted_files([*shards, "config.json", "x/model.safetensors"]) == [*shards, "config.json"]

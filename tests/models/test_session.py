@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import toyllm
 from toyllm.kernels.errors import ToyllmError
+from toyllm.models.cache import DTYPES
 from toyllm.models.changes import Change
 from toyllm.models.chat import Conversation
 from toyllm.models.generation import Settings, generate
@@ -75,7 +76,7 @@ def bits(logits: np.ndarray) -> np.ndarray:
 # What goes on
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tales-gpt2", "tales-gpt-oss"])
 def test_a_restored_session_goes_on_as_if_it_had_never_stopped(tmp_path: Path, name: str, dtype: str) -> None:
     model, path = tales(name, cache_dtype=dtype), tmp_path / "s"

@@ -97,11 +97,11 @@ def run(arguments: list[str]) -> int:
             raise
         give_up_stdout()  # Typer ends like this when the reader has had enough (`| head`): nothing is left to say
         return DONE
-    except (ToyllmError, OSError, MemoryError) as error:
+    except (ToyllmError, OSError, MemoryError, ImportError) as error:
         give_up_stdout()
         if interrupted(error):
             return INTERRUPTED
-        if os.environ.get("TOYLLM_DEBUG"):
+        if os.environ.get("TOYLLM_DEBUG") or (isinstance(error, ImportError) and not starved(error)):
             raise
         fail(described(error), FAILED)
         if excerpt := getattr(error, "excerpt", ""):  # the place in a file that a CardError points at
@@ -109,12 +109,19 @@ def run(arguments: list[str]) -> int:
         return FAILED
 
 
+def starved(error: Exception) -> bool:
+    """Whether an error came of too little memory: under a limit libraries fail to be loaded, and say so in words of their own."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return isinstance(error, MemoryError)
+    system = isinstance(error, OSError) and error.errno in (None, errno.ENOMEM)
+    return system or isinstance(error, MemoryError | ImportError)
+
+
 def described(error: Exception) -> str:
     """What went wrong, in words that say where."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    limited = limit != resource.RLIM_INFINITY
-    if isinstance(error, MemoryError) or (limited and isinstance(error, OSError) and error.errno in (None, errno.ENOMEM)):
-        figures = f", under a limit of {limit / 1e6:.0f} MB (ulimit -v)" if limited else ""
+    if starved(error):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        figures = "" if limit == resource.RLIM_INFINITY else f", under a limit of {limit / 1e6:.0f} MB (ulimit -v)"
         return f"out of memory{figures} ({str(error) or 'the system gives no more'}); close other programs, or take less at a time"
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return "the current folder is gone: change to one that is there"

@@ -112,7 +112,10 @@ def entry(entries: "Iterable[Entry]") -> dict[str, Any]:
 
 def grouped(entries: "Sequence[Entry]", name: str, values: "Iterable[Any]") -> list[dict[str, Any]]:
     """Sums for each of the values that an attribute has; those without a tensor are left out."""
-    groups = [(value, [e for e in entries if getattr(e, name) == value]) for value in values]
+    found: dict[Any, list[Entry]] = {}
+    for e in entries:
+        found.setdefault(getattr(e, name), []).append(e)
+    groups = [(value, found.get(value, [])) for value in values]
     return [{name: value, "tensors": len(mine), **entry(mine)} for value, mine in groups if mine]
 
 

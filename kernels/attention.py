@@ -153,6 +153,15 @@ def _add(rows, values, at, key_bytes, count, s_at, Dh, y_at, y_stride):
 
 
 @inline
+def _run(cells, adjoining, first, count):
+    """How many of `count` cells, from number `first` on, are neighbours of the one before."""
+    n = 1
+    while not adjoining and n < count and cells[first + n] == cells[first] + n:
+        n += 1
+    return count if adjoining else n
+
+
+@inline
 def _block(rows, along, t, h, row, q, keys, values, cells, adjoining, seen, count, scale, out, g, tops, totals, scores):
     """A block's keys, `count` from cells[seen] on, for query t and head h; for `TILE` heads, or with `along` 1 `TILE` queries, at once."""
     H, Dh = q.shape[1], q.shape[2]
@@ -161,16 +170,21 @@ def _block(rows, along, t, h, row, q, keys, values, cells, adjoining, seen, coun
     v_at = values.ctypes.data + g * keys.shape[1] * key_bytes
     stride = 4 * Dh * (H if along else 1)
     q_at, y_at, s_at = q[t, h].ctypes.data, out[t, h].ctypes.data, scores.ctypes.data
-    runs, n = (1, count) if adjoining else (count, 1)  # neighbouring cells are one run of rows; the order of sums is the same
-    for s in range(runs):
+    s = 0
+    while s < count:  # neighbouring cells are one run of rows; the order of sums is the same
+        n = _run(cells, adjoining, seen + s, count - s)
         _score(rows, q, q_at, stride, keys, k_at + cells[seen + s] * key_bytes, key_bytes, n, s_at + 4 * s)
+        s += n
     for m in range(rows):
         kept = _update(scores[m * BLOCK : (m + 1) * BLOCK], count, scale, tops, totals, row + m)
         sums = out[t + m * along, h + m * (1 - along)]
         for d in range(Dh):
             sums[d] *= kept
-    for s in range(runs):
+    s = 0
+    while s < count:
+        n = _run(cells, adjoining, seen + s, count - s)
         _add(rows, values, v_at + cells[seen + s] * key_bytes, key_bytes, n, s_at + 4 * s, Dh, y_at, stride)
+        s += n
 
 
 @inline
@@ -232,7 +246,10 @@ def _attention(q, keys, values, cells, adjoining, begin, end, scale, sinks, out,
 
 
 def attention_kernel(q, keys, values, cells, adjoining, begin, end, scale, out, scratch, sinks=NO_SINKS) -> None:
-    """The kernel, unchecked. `adjoining`: cells[i + 1] == cells[i] + 1 throughout; `scratch` f32 [threads, SCRATCH]."""
+    """The kernel, unchecked. `scratch` f32 [threads, SCRATCH].
+
+    `adjoining`: cells[i + 1] == cells[i] + 1 throughout; otherwise runs of neighbours are looked for, block by block.
+    """
     _attention(q, keys, values, cells, adjoining, begin, end, np.float32(scale), sinks, out, scratch)
 
 

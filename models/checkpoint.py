@@ -162,10 +162,15 @@ def shard_path(index: Path, name: str) -> Path:
         raise ToyllmError(f"{index}: shard {brief(name)} is no name of a file in this folder; download the index again")
     path = index.parent / relative
     require_file(path)
-    target, folder = path.resolve(), index.parent.resolve()
+    require_inside(path, index.parent)
+    return path
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Refuse a link out of a model's folder, but for one into the blobs of the Hugging Face cache that the folder is in."""
+    target, folder = path.resolve(), folder.resolve()
     if not any(target.is_relative_to(place) for place in (folder, *blobs(folder))):
         raise ToyllmError(f"{path}: a link out of the model's folder, to {target}; put the file itself there")
-    return path
 
 
 def blobs(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from .. import __version__
 from ..kernels.errors import ToyllmError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, require_inside
 from .cut_config import is_openai, require_same, smaller, special_tokens, write_config
 from .cut_files import (
     RECORD,
@@ -136,6 +136,8 @@ def make_plan(files: ModelFiles, wanted: Wanted) -> Plan:
 
     small = make_documents(source, new, keep) | {RECORD: json_bytes(record)} | index_of(shards)
     copies = sorted(path for path in files.folder.iterdir() if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COPIED))
+    for copy in copies:
+        require_inside(copy, files.folder)
     return Plan(new, record, shards, small, tuple(path for path in copies if path.name not in small))
 
 

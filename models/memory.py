@@ -84,10 +84,12 @@ class Allocation:
 
 def plan(a: Anatomy, part: Part, run: Running) -> tuple[Allocation, ...]:
     """Everything that the part allocates, in the order of a forward pass."""
-    entries = held(part.entries, run.weights)
+    by_layer: dict[int | None, list[Entry]] = {}
+    for e in held(part.entries, run.weights):
+        by_layer.setdefault(e.layer, []).append(e)
 
     def weights(name: str, layer: int | None, head: bool = False) -> list[Allocation]:
-        mine = [e for e in entries if e.layer == layer and (layer is not None or head != e.looked_up)]
+        mine = [e for e in by_layer.get(layer, ()) if layer is not None or head != e.looked_up]
         figures = {
             "weights": sum(e.nbytes for e in mine if e.dtype != Q8),
             "quantised": sum(e.nbytes for e in mine if e.dtype == Q8),

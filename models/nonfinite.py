@@ -38,12 +38,13 @@ def origin(model: "Model", ids: Sequence[int]) -> str | None:
             return
         rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
         if len(rows):
-            raise Found(f"{name}, at position {done + rows[0]}")
+            raise Found(f"{name}, at position {done + len(part) - len(array) + rows[0]}")  # logits are the last token's alone
 
-    cache, done = model.new_cache(len(ids)), 0
+    cache, done, part = model.new_cache(len(ids)), 0, ids
+    together = min(CHUNK, model.prefill_chunk)  # one pass, so that the rows of what is seen are those of the part
     try:
-        for done in range(0, len(ids), CHUNK):
-            part = ids[done : done + CHUNK]
+        for done in range(0, len(ids), together):
+            part = ids[done : done + together]
             model.forward(part, np.arange(done, done + len(part)), np.zeros(len(part), np.int64), cache, taps=look)
     except Found as found:
         return str(found)

@@ -74,7 +74,7 @@ class SessionFile:
     def save(self, held: Held, talk: Talk | None = None) -> None:
         """Put in the file what is held, and the conversation, if it is one. Raises ToyllmError where another has written it meanwhile."""
         if identity(self.path) != self._found:
-            raise ToyllmError(f"{self.path}: another program has written it since this one read it; give another --session")
+            raise ToyllmError(f"{self.path}: another program has written or removed it since this one read it; give another --session")
         arrays = {"ids": np.array(held.text, np.int64)}
         for i, state in enumerate(held.states()):
             arrays |= {f"{i}.{part}": np.ascontiguousarray(array) for part, array in zip(PARTS, state, strict=True)}

@@ -337,7 +337,7 @@ def test_a_saved_turn_that_fails_to_be_written_is_said_and_the_chat_goes_on(
     monkeypatch.setattr("builtins.input", typed)
     code, _, err = toyllm(*asked(folder, path), stdin=None)
     assert code == 0
-    assert f"error: {path}: another program has written it since this one read it; give another --session" in err
+    assert f"error: {path}: another program has written or removed it since this one read it; give another --session" in err
 
 
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(toyllm: Any, folder: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -199,7 +199,7 @@ def test_a_hostile_name_that_is_a_buffer_is_shown_harmlessly(tmp_path: Path, cap
         (["--bandwidth", "nan"], 2, "--bandwidth nan: expected a number above 0"),
         (["--context", "1025"], 1, "--context 1025: expected 1 to"),
         (["--weights", "q4"], 1, "--weights q4: expected stored or q8"),
-        (["--config", "absent.json"], 1, "absent.json: cannot be read"),
+        (["--config", "absent.json"], 1, "absent.json: missing"),
         (["--config", "endless.json"], 1, "n_layer: expected an integer from 1 to 10000, found 2000000000"),
         (["--shards", "7"], 1, "--shards 7: expected a divisor"),
     ],

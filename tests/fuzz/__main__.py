@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from random import Random
 
 from . import batches, cards, configs, headers, indexes, kernels, sessions, slices, streams, tokenizers, weights
-from .leg import Leg, Result, run, scratch_folder
+from .leg import Leg, Result, ready, run
 
 LEGS: dict[str, Leg] = {
     "headers": headers.LEG,
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def alone(leg: Leg, seed: int, number: int) -> int:
     """One trial, whatever it raises shown. Returns 1 for a find."""
-    with scratch_folder() as folder:
+    with ready(leg) as trial:
         try:
-            print(leg.prepare(folder)(Random(f"{seed} {number}")))
+            print(trial(Random(f"{seed} {number}")))
         except BaseException:  # noqa: BLE001 - a panic of a Rust library is a BaseException
             traceback.print_exc()
             return 1

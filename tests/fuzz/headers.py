@@ -104,6 +104,7 @@ def file_bytes(rng: Random) -> bytes:
 STRICTER = {
     "a name twice": re.compile(r"the name .* occurs twice"),
     "an entry that is no object of dtype, shape and data_offsets": re.compile(r"expected dtype, shape and data_offsets"),
+    "a name that nobody could read": re.compile(r"a name of [\d,]+ characters, at most"),
     "an empty tensor of more places than any": re.compile(r"holds nothing, in more places than any tensor has"),
     "a shape that no array can have": re.compile(r"is none that an array can have"),
 }

@@ -42,9 +42,7 @@ class Result:
 def run(leg: Leg, seed: int, trials: range, seconds: float | None = None, progress: Callable[[int], None] = lambda _: None) -> Result:
     """Trials of a leg by number, each with its own random numbers, so that any of them can be had again alone."""
     result, start = Result(), time.perf_counter()
-    with scratch_folder() as folder, warnings.catch_warnings():
-        warnings.simplefilter("error")  # a person would see it on the terminal, over several lines
-        trial = leg.prepare(folder)
+    with ready(leg) as trial:
         for number in trials:
             try:
                 result.ended[trial(Random(f"{seed} {number}"))] += 1
@@ -58,6 +56,14 @@ def run(leg: Leg, seed: int, trials: range, seconds: float | None = None, progre
             progress(number + 1 - trials.start)
     result.seconds = time.perf_counter() - start
     return result
+
+
+@contextlib.contextmanager
+def ready(leg: Leg) -> Iterator[Trial]:
+    """A leg's trial, in a scratch folder; warnings are finds: a person would see them on the terminal, over several lines."""
+    with scratch_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield leg.prepare(folder)
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def damage(rng: Random, made: dict[str, Any], model: dict[str, Any]) -> None:
     how, other = rng.randrange(9), rng.choice(OTHERS)
     if how == 0:
         model[rng.choice([*model])] = other
-    elif how == 1:
+    elif how == 1 and isinstance(model["vocab"], dict):
         model["vocab"] |= {rng.choice(("a", "x" * 3000, "", "世", "Ġ", "<|endoftext|>", "\ud800")): other}
     elif how == 2:
         model["vocab"] = rng.choice(({}, {"a": 0}, {"a": 2**32 - 1}, {"a": 0, "b": 0}, {c: i for i, c in enumerate("abc")}))

@@ -20,6 +20,7 @@ from .configs import forward, tokens
 from .leg import Find, Leg, Trial, refused
 from .mutate import chance
 
+COARSE = 1e-2  # where activations before MXFP4 are held in 16 bits
 AGREE = 1e-3  # of logits between backends, over the largest: sums in another order, through layers and a cache in f32
 BACKENDS = [name for name in ("avx512", "portable", "numpy") if supports(name)] + ([] if supports("avx512") else ["auto"])
 
@@ -86,6 +87,7 @@ def logits(folder: Path, given: dict[str, Any], ids: np.ndarray) -> tuple[Model,
 def run_tame(rng: Random, folder: Path) -> str:
     """The same model on two backends, in chunks of its own each. Raises Find where logits depart."""
     shared = {"moe": rng.choice(("auto", "single", "grouped", "all")), "weights": rng.choice(("stored", "q8"))}
+    shared["exact"] = shared["weights"] == "stored"
     first, second = rng.choice(BACKENDS), rng.choice(BACKENDS)
     model = toyllm.load(str(folder), backend="numpy")
     ids = tokens(rng, model, rng.randint(1, min(model.config.context, 70)))
@@ -96,7 +98,7 @@ def run_tame(rng: Random, folder: Path) -> str:
     if not all(np.isfinite(each).all() for each in found):
         raise Find("logits of sane weights are not finite")
     worst = float(np.abs(found[0] - found[1]).max() / np.abs(found[1]).max())
-    if worst > AGREE:
+    if worst > (AGREE if shared["exact"] else COARSE):
         raise Find(f"{first} and {second} depart by {worst:.1e}: {shared}")
     return f"tame: {' and '.join(sorted((first, second)))} agree"
 

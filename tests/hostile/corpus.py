@@ -2,6 +2,7 @@
 
 from .files import FILES
 from .models import MODELS
+from .others import OTHERS
 from .texts import TEXTS
 
-CASES = [*FILES, *MODELS, *TEXTS]
+CASES = [*FILES, *MODELS, *TEXTS, *OTHERS]

@@ -20,11 +20,11 @@ from typer.main import get_command
 from toyllm.cli import main
 from toyllm.models.location import embedded
 
+from .processes import GREEDY, environment, run
+from .sealed import can_seal
+
 HERE = Path(__file__).parent
-helpers = runpy.run_path(str(HERE / "processes.py"))
-run, environment, GREEDY = (helpers[name] for name in ("run", "environment", "GREEDY"))
 hub_server = runpy.run_path(str(HERE.parent / "hub_server.py"))
-sealed = runpy.run_path(str(HERE / "sealed.py"))
 COMMANDS: Any = get_command(main.app)
 REPO = "someone/tales"
 TEXT = ["--prompt", "Once upon a time"]
@@ -84,7 +84,7 @@ def every_run(folder: Path, harmony: Path) -> dict[str, list[list[str]]]:
     }
 
 
-@pytest.mark.skipif(not sealed["can_seal"](), reason="no filter of system calls here")
+@pytest.mark.skipif(not can_seal(), reason="no filter of system calls here")
 @pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "hub", "proxies"])
 def test_no_command_but_pull_makes_a_socket_for_a_network(tmp_path: Path, cache: Path, harmony: Path, settings: dict[str, str]) -> None:
     runs = every_run(tmp_path, harmony)
@@ -98,7 +98,7 @@ def test_no_command_but_pull_makes_a_socket_for_a_network(tmp_path: Path, cache:
     assert b"hf_secret" not in done.out + done.err
 
 
-@pytest.mark.skipif(not sealed["can_seal"](), reason="no filter of system calls here")
+@pytest.mark.skipif(not can_seal(), reason="no filter of system calls here")
 def test_pull_does_and_dies_of_it(tmp_path: Path) -> None:
     """The lock holds: without this the test above would show nothing."""
     surroundings = environment(HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import resource
-import runpy
 import shutil
 import stat
 import sys
@@ -21,9 +20,10 @@ from toyllm.kernels.errors import ToyllmError
 from toyllm.models import whole
 from toyllm.models.whole import whole_file, whole_folder
 
+from .killed import WRITERS
+from .processes import run
+
 HERE = Path(__file__).parent
-run = runpy.run_path(str(HERE / "processes.py"))["run"]
-WRITERS = runpy.run_path(str(HERE / "killed.py"))["WRITERS"]
 if find_spec("matplotlib") is None:
     del WRITERS["plot"]
 FILES = [name for name in WRITERS if name != "cut"]

@@ -68,9 +68,10 @@ class Case:
         """These queries alone."""
         return replace(self, q=self.q[first:last], begin=self.begin[first:last], end=self.end[first:last])
 
-    def permuted(self, rng: np.random.Generator) -> "Case":
-        """The same keys and values in other cells."""
-        order = rng.permutation(self.keys.shape[1])
+    def permuted(self, rng: np.random.Generator, run: int = 1) -> "Case":
+        """The same keys and values in other cells, runs of so many of which stay neighbours."""
+        C = self.keys.shape[1]
+        order = np.concatenate([np.arange(i * run, min((i + 1) * run, C)) for i in rng.permutation(-(-C // run))]).argsort()
         keys, values = np.empty_like(self.keys), np.empty_like(self.values)
         keys[:, order], values[:, order] = self.keys, self.values
         return replace(self, keys=keys, values=values, cells=order[self.cells].astype(np.int32))
@@ -166,6 +167,7 @@ def test_cells_in_any_order_give_the_same_bits(rng, case, Dh):
         plain = case(T, 150, 4, 2, Dh, window=100)
         for c in map(plain.stored, DTYPES):
             assert np.array_equal(c.permuted(rng).tiles(), c.tiles())
+            assert np.array_equal(c.permuted(rng, 11).tiles(), c.tiles())
 
 
 @pytest.mark.needs_jit

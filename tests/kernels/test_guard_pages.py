@@ -94,6 +94,39 @@ def mxfp4(at_end: bool) -> None:
             _many(guarded((M, K), np.float32, at_end), blocks, scales, table, bias, guarded((M, N), np.float32, at_end), panels)
 
 
+def split(at_end: bool) -> None:
+    """The same with activations of 16 bits, one row of x, a few and many; and one token's experts."""
+    from toyllm.kernels import split
+    from toyllm.kernels.fp4 import BLOCK
+    from toyllm.kernels.matmul import NO_BIAS, panels_for
+    from toyllm.kernels.moe import Experts, Mxfp4
+    from toyllm.kernels.moe_split import single_split
+    from toyllm.kernels.threads import max_threads
+
+    def f32(*shape: int) -> np.ndarray:
+        return guarded(shape, np.float32, at_end)
+
+    def u8(*shape: int) -> np.ndarray:
+        return guarded(shape, np.uint8, at_end)
+
+    if not split.AVAILABLE:
+        return
+    for N, n in product((1, 3, 4, 5, 31, 33, 64), (1, 2, 3, 4, 5, 7, 90)):
+        w, panels = (u8(N, n, 16), u8(N, n)), f32(max_threads(), panels_for(n * BLOCK))
+        for M in (1, 3, 4, 5, 9):
+            records = guarded((M, split.steps_of(n) * split.RECORD), np.int8, at_end)
+            lift, bias, out = f32(M), f32(N) if N % 2 else NO_BIAS, f32(M, N)
+            split._split_rows(f32(M, n * BLOCK), records, records.view(np.int32), records.view(np.float32), lift)
+            split._few(records, lift, *w, bias, out)
+            split._many(records, lift, *w, bias, out, panels)
+    for D, F, chosen in product((32, 160), (32, 96), ([0], [2, 0])):
+        gate_up, down = Mxfp4(u8(3, 2 * F, D // 32, 16), u8(3, 2 * F, D // 32)), Mxfp4(u8(3, D, F // 32, 16), u8(3, D, F // 32))
+        w, k = Experts(gate_up, f32(3, 2 * F), down, f32(3, D), 7.0, 1.702), len(chosen)
+        index = guarded((k,), np.int64, at_end)
+        index[:] = chosen
+        single_split(f32(1, D), index, f32(k), w, (f32(k, 2 * F), f32(k, F), f32(1, D), f32(max_threads(), split.ROWS)), f32(1, D))
+
+
 def q8(at_end: bool) -> None:
     """Weights to 8 bits in both orders and all formats, and products with them."""
     from toyllm.kernels.dtypes import BF16, F16, F32
@@ -195,7 +228,7 @@ def run(what: str, *ends: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "q8", "experts", "sums", "rows"])
+@pytest.mark.parametrize("what", ["products", "attentions", "mxfp4", "split", "q8", "experts", "sums", "rows"])
 def test_nothing_outside_an_array_is_touched(what):
     done = run(what, "begin", "end")
     assert done.returncode == 0, done.stderr
@@ -207,6 +240,6 @@ def test_an_element_outside_would_be_noticed():
 
 
 if __name__ == "__main__":
-    check = {f.__name__: f for f in (products, attentions, mxfp4, q8, experts, sums, rows, beyond)}[sys.argv[1]]
+    check = {f.__name__: f for f in (products, attentions, mxfp4, split, q8, experts, sums, rows, beyond)}[sys.argv[1]]
     for side in sys.argv[2:]:
         check(at_end=side == "end")

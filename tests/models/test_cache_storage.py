@@ -115,3 +115,20 @@ def test_room_is_checked_for_passes_to_come_and_nothing_changes() -> None:
     with pytest.raises(CacheFull):
         cache.check_room(range(2, 20), [0] * 18, 10)  # more at once than the window was made for
     assert forward(cache, [2], [0]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8"])
+def test_what_moves_is_stored_anew_in_its_dtype(dtype: str) -> None:
+    cache = causal(dtype=dtype)
+    cache.start_forward([0, 1, 2, 3], [0] * 4)
+    for layer in range(L):
+        cache.set_layer(layer)
+        cache.put(*np.random.default_rng(layer).standard_normal((2, 4, G, DH), np.float32))
+    _, before, values = cache.state(0)
+    cache.remove(0, 0, 2)
+    _, after, same = cache.state(0)
+    np.testing.assert_array_equal(same, values[:, :, 2:])
+    for layer in range(L):
+        old = load(before[layer][:, 2:], DH).swapaxes(0, 1)
+        moved = store(reading["shift"](layer, old, np.full(2, -2)), dtype).swapaxes(0, 1)
+        np.testing.assert_array_equal(after[layer], moved)

@@ -211,7 +211,7 @@ def test_a_file_that_another_program_has_written_meanwhile_is_left_alone(tmp_pat
     model, path = tales("tales-gpt2"), tmp_path / "s"
     one, other = SessionFile(path, model), SessionFile(path, model)
     one.save(holding(model, [1]))
-    with pytest.raises(ToyllmError, match=r"s: another program has written it since .* give another --session$"):
+    with pytest.raises(ToyllmError, match=r"s: another program has written or removed it since .* give another --session$"):
         other.save(holding(model, [2]))
     assert restored(path, model).ids == [1]
 

@@ -87,7 +87,8 @@ def ends(folder: Path, writer: str) -> list[dict[str, Any]]:
     assert forked(write(lambda: None, False)) == 0
     new = content(path)
     size = max(map(len, new.values())) if isinstance(new, dict) else len(new)
-    clear(path)
+    kept, before = folder.with_name(f"{folder.name}-kept"), tampered(path)
+    path.rename(kept)
     found = []
     for force in (False, True):
         endings = [("killed", step, lambda step=step: kill_at(step, folder)) for step in range(100)]
@@ -100,17 +101,19 @@ def ends(folder: Path, writer: str) -> list[dict[str, Any]]:
                 continue
             old = None
             if force:
-                assert forked(write(lambda: None, False)) == 0
-                old = tampered(path)
+                copy(kept, path)
+                old = before
             code = forked(write(prepare, force))
             done = how == "killed" and code == 0
             left = [inside.name for inside in folder.iterdir() if inside != path]
             state = "old" if content(path) == old else "new" if content(path) == new else "broken"
             found.append({"how": how, "at": at, "force": force, "code": code, "state": state, "left": left})
             clear(path)
-            assert forked(write(lambda: None, False)) == 0
-            found[-1]["afterwards"] = [inside.name for inside in folder.iterdir() if inside != path]
-            clear(path)
+            if left:
+                assert forked(write(lambda: None, False)) == 0
+                clear(path)
+            found[-1]["afterwards"] = [inside.name for inside in folder.iterdir()]
+    clear(kept)
     return found
 
 
@@ -121,7 +124,16 @@ def tampered(path: Path) -> Any:
     return content(path)
 
 
+def copy(path: Path, to: Path) -> None:
+    """Copy a file or a folder."""
+    if path.is_dir():
+        shutil.copytree(path, to)
+    else:
+        shutil.copyfile(path, to)
+
+
 def clear(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():

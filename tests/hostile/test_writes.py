@@ -46,7 +46,8 @@ def test_however_a_run_ends_what_it_writes_is_whole_or_not_there(tmp_path: Path,
         if end["how"] == "full":
             assert (end["code"], end["state"], end["left"]) == (1, "old", []), end
         if end["how"] == "killed in a write":
-            assert (end["code"], end["state"], len(end["left"])) == (-25, "old", 1), end
+            assert (end["code"], end["state"]) == (-25, "old"), end
+            assert end["at"] == 0 or len(end["left"]) == 1, "where no byte may be written, a lock of Numba's may be the first to try"
     killed = [end for end in found if end["how"] == "killed"]
     for force in (False, True):
         states = [end["state"] for end in killed if end["force"] is force]

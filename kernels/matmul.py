@@ -59,7 +59,7 @@ AHEAD_BYTES = 8192
 dot_one, dot_row = dot_tile(ROWS, 1), dot_tile(1, 1)
 dot_tokens, dot_few = dot_tile(ROWS, TOKENS), dot_tile(ROWS, FEW)
 rows_one, row_one, axpy_rest = rows_tile(RUN, 1), rows_tile(1, 1), axpy_tile(1, 1, partial=True)
-rows_shared, rows_rest = rows_tile(RUN_SHARED, SHARE), rows_tile(RUN_SHARED, 1)
+rows_shared, rows_pair, rows_rest = rows_tile(RUN_SHARED, SHARE), rows_tile(RUN_SHARED, 2), rows_tile(RUN_SHARED, 1)
 
 
 def matmul_reference(x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
@@ -133,11 +133,15 @@ def _by_input(x, w, bias, out, strips):
         for start in range(0, M, TOGETHER):
             stop = min(start + TOGETHER, M)
             shared = start + (stop - start) // SHARE * SHARE
-            run = RUN if shared == start else RUN_SHARED
+            pair = shared if stop - shared == 2 else stop
+            run = RUN if stop - start == 1 else RUN_SHARED
             for k in range(0, K // run * run, run):
                 for m in range(start, shared, SHARE):
                     rows_shared(w, at + k * stride, stride, x_at + (m * K + k) * 4, 4 * K, y_at + 4 * m * N, 4 * N, whole, run * stride)
-                for m in range(shared, stop):
+                for m in range(pair, stop, 2):
+                    ahead = run * stride if shared == start else 0
+                    rows_pair(w, at + k * stride, stride, x_at + (m * K + k) * 4, 4 * K, y_at + 4 * m * N, 4 * N, whole, ahead)
+                for m in range(shared, pair):
                     if run == RUN:
                         rows_one(w, at + k * stride, stride, x_at + (m * K + k) * 4, 0, y_at + 4 * m * N, 0, whole, run * stride)
                     else:

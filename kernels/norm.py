@@ -16,6 +16,7 @@ from .checks import check_array, check_number
 from .jit import inline, kernel
 from .simd.sums import squares, total
 
+FEW = 16  # rows that are not worth waking the threads for: half a microsecond each, where that takes twenty
 ZERO = np.float32(0)
 
 
@@ -41,8 +42,9 @@ def _row(x, weight, bias, epsilon, out):
 
 
 @kernel
-def _layer_norm_one(x, weight, bias, epsilon, out):
-    _row(x[0], weight, bias, epsilon, out[0])
+def _layer_norm_few(x, weight, bias, epsilon, out):
+    for t in range(x.shape[0]):
+        _row(x[t], weight, bias, epsilon, out[t])
 
 
 @kernel(parallel=True)
@@ -64,8 +66,9 @@ def _rms_row(x, weight, epsilon, out):
 
 
 @kernel
-def _rms_norm_one(x, weight, epsilon, out):
-    _rms_row(x[0], weight, epsilon, out[0])
+def _rms_norm_few(x, weight, epsilon, out):
+    for t in range(x.shape[0]):
+        _rms_row(x[t], weight, epsilon, out[t])
 
 
 @kernel(parallel=True)
@@ -76,7 +79,7 @@ def _rms_norm_many(x, weight, epsilon, out):
 
 def rms_norm_kernel(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
     """The kernel, unchecked."""
-    (_rms_norm_one if len(x) == 1 else _rms_norm_many)(x, weight, epsilon, out)
+    (_rms_norm_few if len(x) <= FEW else _rms_norm_many)(x, weight, epsilon, out)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
@@ -91,8 +94,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.nda
 
 
 def layer_norm_kernel(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float, out: np.ndarray) -> None:
-    """The kernel, unchecked. One row is not worth waking the threads for."""
-    (_layer_norm_one if len(x) == 1 else _layer_norm_many)(x, weight, bias, epsilon, out)
+    """The kernel, unchecked."""
+    (_layer_norm_few if len(x) <= FEW else _layer_norm_many)(x, weight, bias, epsilon, out)
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:

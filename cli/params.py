@@ -180,7 +180,7 @@ def document(a: "Anatomy", run: "Running", parts: "list[Part]", bandwidth: float
             {"path": str(f.path), "bytes": f.nbytes, "header_bytes": f.header, "padding_bytes": f.padding, "tensor_bytes": f.tensors}
             for f in a.files
         ],
-        "running": asdict(run),
+        "running": {key: value for key, value in asdict(run).items() if key != "keep"},  # which no plan here has
         "memory": figures["memory"],
         "token": figures["token"],
     }

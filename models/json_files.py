@@ -1,6 +1,7 @@
 """JSON that strangers wrote: read within a bound, each name once, no NaN; whatever else is one line that names the file."""
 
 import json
+import os
 import stat
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     require_file(path)
     try:
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # no more at once: a read takes what it asks for
     except OSError as error:
         raise unreadable(path, error) from error
     if len(data) > most:

@@ -146,6 +146,7 @@ class Parrot:
         self.config = SimpleNamespace(context=context, bos_token_id=(), eos_token_id=(EOS,))
         self.files, self.defaults = SimpleNamespace(name="parrot"), GenerationDefaults()
         self.fed: list[tuple[int, int]] = []
+        self.prefill_chunk = 512
 
     def new_cache(self, context: int) -> int:
         return context

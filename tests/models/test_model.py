@@ -138,7 +138,7 @@ def test_buffers_grow_with_the_first_long_prompt_and_stay(model: Model) -> None:
         ([1], [P], [0], f"positions: expected 0 to {P - 1}, found {P} to {P}"),
         ([1], [-1], [0], f"positions: expected 0 to {P - 1}, found -1 to -1"),
         ([1, 2], [0, 2], [0, 0], "sequence 0: expected positions from 0 on"),
-        ([1], [0], [1], "sequence 1: expected 0 to 0"),
+        ([1], [0], [-1], "sequences: expected a list of at least one integer, all from 0 on"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_one_line_and_changes_nothing(

@@ -48,7 +48,7 @@ def test_the_recipe_makes_a_reference(
     monkeypatch.chdir(tmp_path)
     Path(mapped).write_text(MAPS[mapped])
     run_recipe(model)
-    outcome = toyllm("compare", model, "reference.npz", "--map", mapped, "--rtol", "1e-5")
+    outcome = toyllm("compare", model, "reference.npz", "--map", mapped, "--exact", "--rtol", "1e-5")
     assert outcome.code == 0
     assert outcome.out.startswith(f"They agree within rtol 1e-05, atol 0: {count} activations; ")
     assert not re.search("has nothing of these names", outcome.err)

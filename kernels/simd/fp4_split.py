@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .fp4 import VALUES
-from .ir import broadcast, declare, f32, fma, horizontal_sums, i8, i32, integer, load, loop, pointer, prefetch, splat, store, vector
+from .ir import broadcast, declare, f32, fma, horizontal_sums, i8, i32, integer, load, loop, once, pointer, prefetch, splat, store, vector
 
 STEP = 4  # blocks
 RECORD = 384  # bytes of x a step
@@ -120,19 +120,7 @@ def split_tile(outputs: int, tokens: int, expanded: bool = False) -> Any:
                 whole = b.and_(n, integer(-STEP))
                 i, sums, close = loop(b, integer(0), whole, STEP, none)
                 sums = close(step(i, sums))
-                start = b.block
-                tail, done = b.append_basic_block("tail"), b.append_basic_block("done")
-                b.cbranch(b.icmp_signed("<", whole, n), tail, done)
-                b.position_at_end(tail)
-                last = step(whole, sums, partly(b, b.sub(n, whole)))
-                end = b.block
-                b.branch(done)
-                b.position_at_end(done)
-                for index, (s, t) in enumerate(zip(sums, last, strict=True)):
-                    both = b.phi(s.type)
-                    both.add_incoming(s, start)
-                    both.add_incoming(t, end)
-                    sums[index] = both
+                sums = once(b, b.icmp_signed("<", whole, n), sums, lambda: step(whole, sums, partly(b, b.sub(n, whole))))
             for m in range(tokens):
                 totals = horizontal_sums(b, sums[m::tokens])
                 lift = broadcast(b, b.add(lift_at, integer(4 * m)))

@@ -183,3 +183,21 @@ def loop(builder, start, stop, step, state):
         return carried
 
     return i, carried, close
+
+
+def once(builder, condition, state, step):
+    """The values that `step()` gives in place of the list `state`, where `condition` holds; else those."""
+    before = builder.block
+    taken, after = (builder.append_basic_block(n) for n in ("taken", "after"))
+    builder.cbranch(condition, taken, after)
+    builder.position_at_end(taken)
+    new, end = step(), builder.block
+    builder.branch(after)
+    builder.position_at_end(after)
+    values = []
+    for old, other in zip(state, new, strict=True):
+        value = builder.phi(old.type)
+        value.add_incoming(old, before)
+        value.add_incoming(other, end)
+        values.append(value)
+    return values

@@ -34,6 +34,7 @@ from .ir import (
     load,
     load_weights,
     loop,
+    once,
     pointer,
     prefetch,
     shuffle,
@@ -93,20 +94,7 @@ def dot_tile(outputs: int, tokens: int) -> Any:
             whole = b.and_(n, integer(-lanes))
             k, sums, close = loop(b, integer(0), whole, lanes, [splat(f32, 0.0)] * (outputs * tokens))
             sums = close(step(k, sums))
-            with_tail = b.icmp_signed("<", whole, n)
-            start = b.block
-            tail, done = b.append_basic_block("tail"), b.append_basic_block("done")
-            b.cbranch(with_tail, tail, done)
-            b.position_at_end(tail)
-            last = step(whole, sums, b.sub(n, whole))
-            end = b.block
-            b.branch(done)
-            b.position_at_end(done)
-            for index, (s, t) in enumerate(zip(sums, last, strict=True)):
-                both = b.phi(s.type)
-                both.add_incoming(s, start)
-                both.add_incoming(t, end)
-                sums[index] = both
+            sums = once(b, b.icmp_signed("<", whole, n), sums, lambda: step(whole, sums, b.sub(n, whole)))
             together = next(n for n in (4, 2, 1) if tokens % n == 0 and outputs * n <= LANES)  # the more sums at once, the cheaper each
             for m in range(0, tokens, together):
                 totals = horizontal_sums(b, [sums[j * tokens + m + i] for i in range(together) for j in range(outputs)])

@@ -99,10 +99,10 @@ def show_memory(loaded: "Model", room: int, sequences: int = 1, keep: int = 0) -
 @contextmanager
 def memory_told(loaded: "Model") -> "Iterator[None]":
     """Shows the memory plan to stderr where a KV cache is refused, or fails to be allocated."""
-    from ..models.memory import FAILED, mark, of_model
-
     try:
         yield
     except OutOfMemory as error:
+        from ..models.memory import FAILED, mark, of_model
+
         output.say("\n".join(memory_lines(mark(of_model(loaded, error.context), "cache", FAILED))))
         raise

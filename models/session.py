@@ -23,8 +23,8 @@ from .checkpoint import DTYPES, Checkpoint, map_files, read_header
 from .harmony import REASONING, Message, render
 from .held import Held, State, members, windowed
 from .json_files import brief, parse_object, require_file
-from .tensor_save import whole_file
 from .tensor_values import NAMES
+from .whole import whole_file
 
 if TYPE_CHECKING:
     from .model import Model
